@@ -1,0 +1,96 @@
+"""One storage of this node: the contract that every backend fulfils.
+
+A backend knows its storage and nothing else: no policy, no peer, no schedule. It is reached only through
+:class:`replicator.local.LocalEndpoint`, which checks names, lineage and policy first and serialises what must be
+(one receive, snapshot, adopt, set_aside or destroy of a volume at a time in this process); against other processes a
+backend protects itself (a lock file, a rados lock, ZFS's own rules).
+
+Rules for all methods: idempotent; everything reported as done is durable (a power cut at any moment afterwards loses
+nothing of it, and one before leaves the state as it was or resumable); errors of :mod:`replicator.errors` only; what
+a listing returns is validated as input from outside: a name that fails :mod:`replicator.names` is left out and
+reported as a warning of ``info``. ``tests/conformance/test_backend.py`` holds each backend to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from replicator.cancellation import Cancellation
+from replicator.endpoint import DigestBatch, DigestRequest, ReceiveRequest, SendRequest
+from replicator.model import Capability, Lineage, StorageInfo, StreamKind, Version, VersionRef, VolumeInfo, VolumeState
+from replicator.streams import Stream
+
+
+class Backend(Protocol):
+    """A storage. ``volume`` arguments are names within it (``VolumeId.name``).
+
+    :ivar name: the storage's name in the configuration
+    :ivar kind: ``image``, ``zfs``, ``rbd``, ``memory``
+    """
+
+    name: str
+    kind: str
+    stream: StreamKind
+    capabilities: Capability
+
+    def info(self) -> StorageInfo:
+        """Size, free space, what it can do and what an operator should know.
+
+        :raises StorageUnavailable: the storage is not there now
+        """
+
+    def volumes(self) -> tuple[VolumeInfo, ...]:
+        """All volumes, sorted by name. Cheap: one listing, no data is read."""
+
+    def state(self, volume: str) -> VolumeState | None:
+        """Versions (oldest first), lineage, partial state; None if there is no such volume.
+
+        Partial or damaged leftovers are never listed as versions.
+        """
+
+    def set_lineage(self, volume: str, lineage: Lineage) -> None:
+        """Store lineage, role and epoch durably and atomically beside the volume's data."""
+
+    def snapshot(self, volumes: tuple[str, ...], name: str) -> tuple[Version, ...]:
+        """Snapshot each volume under ``name``, at one instant with Capability.ATOMIC_GROUP.
+
+        A snapshot of that name that exists is returned unchanged. If one volume fails, those made before stay.
+        """
+
+    def destroy(self, volume: str, version: VersionRef) -> None:
+        """Destroy one version; nothing happens if it is gone.
+
+        :raises SnapshotHeld: it has holds
+        """
+
+    def hold(self, volume: str, version: VersionRef, tag: str) -> None:
+        """Add a hold. :raises NoSuchSnapshot:"""
+
+    def release(self, volume: str, version: VersionRef, tag: str) -> None:
+        """Remove a hold if it is there."""
+
+    def estimate(self, volume: str, base: VersionRef | None, to: VersionRef) -> int | None:
+        """Bytes of changes between two versions if that is cheap to say, else None."""
+
+    def send(self, request: SendRequest, cancel: Cancellation) -> Stream:
+        """See :meth:`replicator.endpoint.Endpoint.send`."""
+
+    def receive(self, request: ReceiveRequest, stream: Stream, cancel: Cancellation) -> Version:
+        """See :meth:`replicator.endpoint.Endpoint.receive`; lineage rules are checked again here, under the lock that
+        the receive itself holds. Every digest is verified before its data is written."""
+
+    def abort_receive(self, volume: str) -> None:
+        """Discard partial state."""
+
+    def digests(self, request: DigestRequest, cancel: Cancellation) -> Iterator[DigestBatch]:
+        """Read and digest the blocks of a snapshot."""
+
+    def set_aside(self, volume: str, name: str) -> VersionRef | None:
+        """See :meth:`replicator.endpoint.Endpoint.set_aside`."""
+
+    def clone(self, volume: str, version: VersionRef, new: str) -> VolumeInfo:
+        """See :meth:`replicator.endpoint.Endpoint.clone`."""
+
+    def close(self) -> None:
+        """Release handles and connections."""

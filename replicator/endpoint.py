@@ -1,0 +1,285 @@
+"""What a node can be asked about its volumes, near or far.
+
+:class:`Endpoint` is implemented by :class:`replicator.local.LocalEndpoint` over the backends of this node, and by
+:class:`transport.remote.RemoteEndpoint` over a connection. Whoever drives a replication cannot tell which it has.
+
+Contract of every method: it may be called again with the same arguments after any failure, and brings the same end
+state (idempotent); it raises errors of :mod:`replicator.errors` only; every wait inside it has a deadline; names are
+validated before storage is touched. Methods may be called from several threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol, runtime_checkable
+
+from replicator.cancellation import Cancellation
+from replicator.model import (
+    Lineage,
+    ResumeState,
+    StorageInfo,
+    StreamKind,
+    Version,
+    VersionRef,
+    VolumeId,
+    VolumeInfo,
+    VolumeState,
+)
+from replicator.streams import BLOCK_SIZE, Stream
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A range of bytes of a volume."""
+
+    offset: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """First byte after the range."""
+        return self.offset + self.length
+
+
+MAX_RANGES = 32768
+"""Ranges in one :class:`SendRequest`, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRequest:
+    """Take one snapshot, under one name, of each of the volumes; at one instant where the storage can.
+
+    :ivar volumes: all of one storage
+    """
+
+    volumes: tuple[VolumeId, ...]
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendRequest:
+    """Open a stream that brings a copy of ``base`` (None: nothing) to ``to``.
+
+    :ivar key: 32 random bytes in hex, made for this stream by whoever drives it; keys the digests
+    :ivar intermediates: native streams: carry the snapshots between base and to as well
+    :ivar resume: continue what the receiver durably has
+    :ivar ranges: blocks only: not the changes since ``base`` but just these ranges of ``to`` (ascending, disjoint;
+        parts beyond its end are left out); ``base`` is None then
+    """
+
+    volume: VolumeId
+    base: VersionRef | None
+    to: VersionRef
+    key: str
+    lineage: Lineage | None = None
+    intermediates: bool = False
+    resume: ResumeState | None = None
+    ranges: tuple[Range, ...] | None = None
+
+
+class ReceiveMode(StrEnum):
+    """What a received stream becomes."""
+
+    REPLICA = "replica"
+    """The next snapshot of a replica; ``base`` (or nothing) is there unchanged."""
+    REBUILD = "rebuild"
+    """As REPLICA, but the stream is against whatever ``base`` really contains; a snapshot of the identity of ``to``
+    may exist already (damaged): it is replaced at once and the old one kept as ``aside``."""
+    RESTORE = "restore"
+    """A new writable volume without lineage; the volume must not exist; no snapshot remains."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveRequest:
+    """Take a stream and make it durable.
+
+    :ivar volume: on the target
+    :ivar lineage: of the source; a new volume becomes its replica. The target refuses another lineage, a primary, or
+        an older epoch (NotAReplica, StaleEpoch). None only with RESTORE.
+    :ivar base: the version of the *target* that the stream applies to; None: to nothing
+    :ivar to: the version that exists afterwards, with name, guid, creation time and size of the source
+    :ivar key: as in the SendRequest
+    :ivar hold: tag set on ``to`` in the same commit; "" for none
+    :ivar resume: the state that the stream continues; None begins anew and discards any partial state
+    :ivar aside: REBUILD: the name under which a replaced snapshot is kept
+    """
+
+    volume: VolumeId
+    lineage: Lineage | None
+    base: VersionRef | None
+    to: Version
+    key: str
+    mode: ReceiveMode = ReceiveMode.REPLICA
+    kind: StreamKind = StreamKind.BLOCKS
+    hold: str = ""
+    resume: ResumeState | None = None
+    aside: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DigestRequest:
+    """Digest a snapshot's blocks by reading them (never from a cache).
+
+    :ivar offset: where to begin, a multiple of ``block_size``
+    :ivar length: bytes to cover; what lies beyond the end is left out; None: to the end
+    """
+
+    volume: VolumeId
+    version: VersionRef
+    key: str
+    offset: int = 0
+    length: int | None = None
+    block_size: int = BLOCK_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class DigestBatch:
+    """Digests of consecutive blocks: ``DIGEST_SIZE`` bytes each, the first block at ``offset``; the volume's last block
+    may be short. Batches come in order without gaps; holes are digested as zeroes."""
+
+    offset: int
+    block_size: int
+    digests: bytes
+
+    def __len__(self) -> int:
+        return len(self.digests) // 16
+
+
+@dataclass(frozen=True, slots=True)
+class PruneRequest:
+    """Apply a retention policy to the snapshots that ``job`` made of a volume.
+
+    The node that owns the storage decides by itself: it lists, it applies the policy (and its own minimum, where it has
+    one for the peer that asks), and it never destroys a held version, a foreign one or one named in ``protect``.
+
+    :ivar keep: policy text, see :mod:`replicator.retention`
+    :ivar protect: guids that must stay: the last common version of every target
+    """
+
+    volume: VolumeId
+    job: str
+    keep: str
+    protect: tuple[str, ...]
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PruneOutcome:
+    """What became of one version, and why.
+
+    :ivar kept: True: it stays. With ``dry_run``, False says that it would go.
+    :ivar error: why destroying it failed, "" when it did not
+    """
+
+    version: Version
+    kept: bool
+    reason: str
+    error: str = ""
+
+
+@runtime_checkable
+class Endpoint(Protocol):
+    """A node, as far as replication needs it.
+
+    :ivar node: its name
+    """
+
+    @property
+    def node(self) -> str: ...
+
+    def storages(self) -> tuple[StorageInfo, ...]:
+        """The storages that the caller may use.
+
+        :raises StorageUnavailable: never for one that is only absent: that one is listed with a warning
+        """
+
+    def storage(self, name: str) -> StorageInfo:
+        """One storage.
+
+        :raises StorageUnavailable: there is none of that name, or it is not there now
+        """
+
+    def volumes(self, storage: str) -> tuple[VolumeInfo, ...]:
+        """The volumes of a storage, sorted by name; replicas included."""
+
+    def state(self, volume: VolumeId) -> VolumeState | None:
+        """Versions, lineage and partial state of a volume in one listing; None if there is no such volume."""
+
+    def ensure_primary(self, volume: VolumeId) -> Lineage:
+        """The lineage of a source volume; one is made (epoch 1) and stored durably the first time.
+
+        :raises NotAReplica: the volume is a replica here, so it cannot be a source (chains are for a later version)
+        """
+
+    def snapshot(self, request: SnapshotRequest) -> tuple[Version, ...]:
+        """Take snapshots; they are durable when this returns. One that exists under that name is returned as it is.
+
+        :raises NoSuchVolume, NoSpace, VolumeChanged:
+        """
+
+    def hold(self, volume: VolumeId, version: VersionRef, tag: str) -> None:
+        """Protect a version from being destroyed; durable; holding it twice with one tag is one hold.
+
+        :raises NoSuchSnapshot:
+        """
+
+    def release(self, volume: VolumeId, version: VersionRef, tag: str) -> None:
+        """Take back a hold; nothing happens if there is none, or no such version."""
+
+    def estimate(self, volume: VolumeId, base: VersionRef | None, to: VersionRef) -> int | None:
+        """Bytes of changes that a send would have, None where that is not known cheaply."""
+
+    def send(self, request: SendRequest, cancel: Cancellation) -> Stream:
+        """Open a stream.
+
+        :raises NoSuchSnapshot: base or to is gone
+        :raises StaleResume: the resume state fits nothing here
+        """
+
+    def receive(self, request: ReceiveRequest, stream: Stream, cancel: Cancellation) -> Version:
+        """Take the whole stream; returns once the new version is durable and visible (COMMITTED).
+
+        On any failure what was received stays as partial state (see ``VolumeState.resume``) and nothing complete is
+        touched. If the version is there already (a lost confirmation), the stream is not read and the version returned.
+
+        :raises NotAReplica, StaleEpoch: the target's volume is not a replica that may take this
+        :raises NoSuchSnapshot: the base is not on the target
+        :raises NoSpace, ChecksumMismatch, StaleResume, Cancelled:
+        """
+
+    def abort_receive(self, volume: VolumeId) -> None:
+        """Discard partial state; nothing happens if there is none."""
+
+    def digests(self, request: DigestRequest, cancel: Cancellation) -> Iterator[DigestBatch]:
+        """Digest blocks, in order. The iterator must be exhausted or closed.
+
+        :raises NoSuchSnapshot, DamagedData:
+        """
+
+    def set_aside(self, volume: VolumeId, name: str) -> VersionRef | None:
+        """Keep live data of a replica that no snapshot has as a snapshot ``name`` and remove it from where it lives.
+
+        None if there is no such data. The volume's lineage becomes that of a replica if it had none or was promoted
+        by hand; the caller gives the right one with the next receive.
+        """
+
+    def adopt(self, volume: VolumeId, lineage: Lineage) -> None:
+        """Make an existing volume a replica of ``lineage``, for resync only; its data stays as it is until then.
+
+        :raises StaleEpoch: the volume is of the same lineage with a newer epoch
+        """
+
+    def prune(self, request: PruneRequest) -> tuple[PruneOutcome, ...]:
+        """Destroy what a policy does not keep, one by one: a failure of one never stops the others."""
+
+    def clone(self, volume: VolumeId, version: VersionRef, new: VolumeId) -> VolumeInfo:
+        """Make a snapshot a new writable volume of the same node, without lineage.
+
+        :raises Unsupported: not possible without copying: send and receive with RESTORE instead
+        :raises VolumeBusy: ``new`` exists
+        """
+
+    def close(self) -> None:
+        """Release connections; the endpoint cannot be used afterwards."""

@@ -1,0 +1,160 @@
+"""Streams of changes between a source and a target.
+
+A *block* stream is a list of changes in ascending order of offset, each a write or a zero, with a keyed digest for
+every block written. A *native* stream is opaque bytes. Both are iterators: reaching the end means that the stream is
+complete and verified; anything else is an exception. A consumer asks for the next chunk when it can take it, so the
+slowest part sets the pace and memory stays bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self, runtime_checkable
+
+from replicator.model import StreamKind
+
+BLOCK_SIZE = 64 * 1024
+"""Bytes covered by one digest: small enough that 4 KiB changes do not drag much along, large enough for the hash's
+full speed (64 BLAKE3 chunks)."""
+DIGEST_SIZE = 16
+"""Bytes kept of a block's keyed BLAKE3: 128 bits."""
+KEY_SIZE = 32
+CHUNK_SIZE = 1024 * 1024
+"""Bytes of data in one chunk, at most."""
+MAX_EXTENTS = 4096
+"""Extents in one chunk, at most."""
+MAX_VOLUME_SIZE = 1 << 56
+"""Bytes; no offset or size from a peer may be beyond (64 PiB; XFS and ZFS files end at 8 EiB and 16 EiB)."""
+
+Buffer = bytes | bytearray | memoryview
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A range of a volume: written (its bytes are in the chunk's data) or zero (a hole; no bytes)."""
+
+    offset: int
+    length: int
+    zero: bool = False
+
+    @property
+    def end(self) -> int:
+        """First byte after the range."""
+        return self.offset + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class BlockChunk:
+    """Some changes of a block stream.
+
+    :ivar extents: ascending and disjoint, 1 to ``MAX_EXTENTS``. Written ones have together ``len(data)`` bytes, at
+        most ``CHUNK_SIZE``; zero ones may be of any length.
+    :ivar data: the bytes of the written extents, one after the other
+    :ivar digests: ``DIGEST_SIZE`` bytes for every piece of ``BLOCK_SIZE`` bytes (the last one shorter) of every
+        written extent, pieces counted from the extent's start; keyed with the stream's key
+    :ivar wire_bytes: bytes this chunk took on the network, 0 when it crossed none
+    :ivar release: call it when ``data`` is no longer needed, so its buffer can be used again; optional
+    """
+
+    extents: tuple[Extent, ...]
+    data: Buffer
+    digests: bytes
+    wire_bytes: int = 0
+    release: Callable[[], None] = _nothing
+
+    @property
+    def length(self) -> int:
+        """Bytes of the volume that this chunk changes."""
+        return sum(extent.length for extent in self.extents)
+
+    @property
+    def end(self) -> int:
+        """Every change below this offset is in this chunk or an earlier one."""
+        return self.extents[-1].end if self.extents else 0
+
+
+@dataclass(frozen=True, slots=True)
+class NativeChunk:
+    """Some bytes of a native stream, at most ``CHUNK_SIZE``."""
+
+    data: Buffer
+    wire_bytes: int = 0
+    release: Callable[[], None] = _nothing
+
+    @property
+    def length(self) -> int:
+        """Bytes of data."""
+        return len(self.data)
+
+
+Chunk = BlockChunk | NativeChunk
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """An open stream. Iterate it once, in one thread; close it whatever happened (it is a context manager).
+
+    :ivar kind: which kind of chunks it has
+    :ivar estimate: bytes of changes it is going to have, None when unknown
+    """
+
+    kind: StreamKind
+    estimate: int | None
+
+    def __iter__(self) -> Iterator[Chunk]: ...
+
+    def close(self) -> None:
+        """Release what the stream holds; idempotent; allowed in the middle."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class ChunkStream:
+    """A :class:`Stream` over an iterator of chunks, with something to do at the end."""
+
+    def __init__(
+        self,
+        kind: StreamKind,
+        chunks: Iterator[Chunk],
+        *,
+        estimate: int | None = None,
+        on_close: Callable[[], None] = _nothing,
+    ) -> None:
+        self.kind = kind
+        self.estimate = estimate
+        self._chunks = chunks
+        self._on_close = on_close
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self._chunks
+
+    def close(self) -> None:
+        """Close the iterator (a generator's ``finally`` runs), then call ``on_close``; once."""
+        if self._closed:
+            return
+        self._closed = True
+        close = getattr(self._chunks, "close", None)
+        try:
+            if close is not None:
+                close()
+        finally:
+            self._on_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
