@@ -1,0 +1,105 @@
+"""Fixtures and options that all tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests import tiers
+
+settings.register_profile(
+    "default", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.register_profile(
+    "soak", deadline=None, max_examples=1500, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+
+_MISSING = pytest.StashKey[dict[str, str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="run the large counts in full instead of a sample")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_MISSING] = {}
+    settings.load_profile("soak" if config.getoption("--soak") else "default")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("tier"):
+        for tier in mark.args:
+            reason = tiers.missing(tier)
+            if not reason:
+                continue
+            item.config.stash[_MISSING][tier] = reason
+            if os.environ.get("CI") == "true":
+                pytest.fail(f"tier {tier} cannot run here: {reason}", pytrace=False)
+            pytest.skip(f"tier {tier}: {reason}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for tier, reason in sorted(config.stash[_MISSING].items()):
+        terminalreporter.write_line(f"Tier not run: {tier}: {reason}", yellow=True)
+
+
+@pytest.fixture(scope="session")
+def soak(request: pytest.FixtureRequest) -> bool:
+    """Whether the large counts run in full."""
+    return bool(request.config.getoption("--soak"))
+
+
+@pytest.fixture(scope="session")
+def count(soak: bool) -> Callable[[int, int], int]:
+    """``count(sample, full)``: how often to do something, in this run."""
+    return lambda sample, full: full if soak else sample
+
+
+def mounted(folder: Path, *mkfs: str, size: int) -> Iterator[Path]:
+    """Make a file system in a sparse file below ``folder`` and mount it until the iterator is resumed."""
+    image, mount = folder / "fs.img", folder / "mnt"
+    mount.mkdir(parents=True)
+    with image.open("wb") as file:
+        file.truncate(size)
+    subprocess.run([*mkfs, str(image)], check=True, capture_output=True, timeout=60)
+    subprocess.run(["mount", "-o", "loop", str(image), str(mount)], check=True, capture_output=True, timeout=60)
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", "--lazy", str(mount)], check=True, capture_output=True, timeout=60)
+        image.unlink()
+
+
+@pytest.fixture
+def xfs_dir(tmp_path: Path) -> Iterator[Path]:
+    """An empty XFS with reflink, 2 GiB, sparse."""
+    yield from mounted(tmp_path / "xfs", "mkfs.xfs", "-q", "-m", "reflink=1", size=2 << 30)
+
+
+@pytest.fixture
+def btrfs_dir(tmp_path: Path) -> Iterator[Path]:
+    """An empty btrfs, 2 GiB, sparse."""
+    yield from mounted(tmp_path / "btrfs", "mkfs.btrfs", "-q", size=2 << 30)
+
+
+@pytest.fixture
+def ext4_dir(tmp_path: Path) -> Iterator[Path]:
+    """An empty ext4 (no reflink), 2 GiB, sparse."""
+    yield from mounted(tmp_path / "ext4", "mkfs.ext4", "-q", "-F", size=2 << 30)
+
+
+@pytest.fixture
+def small_ext4_dir(tmp_path: Path) -> Iterator[Path]:
+    """An ext4 of 64 MiB, to be filled up."""
+    yield from mounted(tmp_path / "small-ext4", "mkfs.ext4", "-q", "-F", "-m", "0", size=64 << 20)
+
+
+@pytest.fixture
+def small_xfs_dir(tmp_path: Path) -> Iterator[Path]:
+    """An XFS with reflink of 320 MiB (the smallest there is is 300), to be filled up."""
+    yield from mounted(tmp_path / "small-xfs", "mkfs.xfs", "-q", "-m", "reflink=1", size=320 << 20)
