@@ -69,3 +69,10 @@ class Cancellation:
             with self._lock:
                 if callback in self._callbacks:
                     self._callbacks.remove(callback)
+
+    @contextmanager
+    def child(self) -> Iterator[Cancellation]:
+        """A request of its own for a part of the work: cancelled with this one, but not the other way round."""
+        part = Cancellation()
+        with self.unblock(lambda: part.cancel(self._error)):
+            yield part

@@ -210,7 +210,7 @@ class Endpoint(Protocol):
     def ensure_primary(self, volume: VolumeId) -> Lineage:
         """The lineage of a source volume; one is made (epoch 1) and stored durably the first time.
 
-        :raises NotAReplica: the volume is a replica here, so it cannot be a source (chains are for a later version)
+        :raises ConflictError: the volume is a replica here, so it cannot be a source
         """
 
     def snapshot(self, request: SnapshotRequest) -> tuple[Version, ...]:

@@ -58,14 +58,12 @@ class BlockChunk:
     :ivar data: the bytes of the written extents, one after the other
     :ivar digests: ``DIGEST_SIZE`` bytes for every piece of ``BLOCK_SIZE`` bytes (the last one shorter) of every
         written extent, pieces counted from the extent's start; keyed with the stream's key
-    :ivar wire_bytes: bytes this chunk took on the network, 0 when it crossed none
     :ivar release: call it when ``data`` is no longer needed, so its buffer can be used again; optional
     """
 
     extents: tuple[Extent, ...]
     data: Buffer
     digests: bytes
-    wire_bytes: int = 0
     release: Callable[[], None] = _nothing
 
     @property
@@ -84,7 +82,6 @@ class NativeChunk:
     """Some bytes of a native stream, at most ``CHUNK_SIZE``."""
 
     data: Buffer
-    wire_bytes: int = 0
     release: Callable[[], None] = _nothing
 
     @property
@@ -102,10 +99,13 @@ class Stream(Protocol):
 
     :ivar kind: which kind of chunks it has
     :ivar estimate: bytes of changes it is going to have, None when unknown
+    :ivar wire_bytes: bytes that it has taken on the network so far, headers and compression included. Whoever moves
+        its chunks over a connection adds to this: the producer when they come from one, the consumer when they go.
     """
 
     kind: StreamKind
     estimate: int | None
+    wire_bytes: int
 
     def __iter__(self) -> Iterator[Chunk]: ...
 
@@ -132,6 +132,7 @@ class ChunkStream:
     ) -> None:
         self.kind = kind
         self.estimate = estimate
+        self.wire_bytes = 0
         self._chunks = chunks
         self._on_close = on_close
         self._closed = False

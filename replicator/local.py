@@ -1,0 +1,329 @@
+"""The endpoint of this node: its backends behind the :class:`~replicator.endpoint.Endpoint` contract.
+
+What is the same for every storage is done here once: names are checked, a volume is written by one operation at a
+time, lineage rules are enforced, retention is decided. Backends know only their storage.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+from backends.base import Backend
+from replicator import names, retention
+from replicator.cancellation import Cancellation
+from replicator.endpoint import (
+    DigestBatch,
+    DigestRequest,
+    PruneOutcome,
+    PruneRequest,
+    ReceiveMode,
+    ReceiveRequest,
+    SendRequest,
+    SnapshotRequest,
+)
+from replicator.errors import (
+    ConflictError,
+    NoSuchVolume,
+    NotAReplica,
+    ReplicatorError,
+    StaleEpoch,
+    StorageUnavailable,
+    UsageError,
+    VolumeBusy,
+)
+from replicator.model import (
+    Lineage,
+    Role,
+    StorageInfo,
+    Version,
+    VersionRef,
+    VolumeId,
+    VolumeInfo,
+    VolumeState,
+)
+from replicator.streams import Stream
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class VolumeLocks:
+    """At most one writing operation of a volume at a time, in this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._busy: dict[VolumeId, str] = {}
+
+    @contextmanager
+    def writing(self, volume: VolumeId, what: str) -> Iterator[None]:
+        """Have the volume to oneself. :raises VolumeBusy: at once, where another operation has it"""
+        with self._lock:
+            other = self._busy.get(volume)
+            if other is not None:
+                raise VolumeBusy(
+                    f"volume {volume} is in use: {other} is under way, so {what} cannot begin",
+                    hint="wait until it is done; `replicator status` shows what runs",
+                )
+            self._busy[volume] = what
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._busy[volume]
+
+
+class LocalEndpoint:
+    """This node's storages.
+
+    :param node: this node's name
+    :param backends: by storage name
+    :param minimum_keep: a retention policy that every prune is widened by; "" for none. Peers get a view that has the
+        minimum which this node's configuration insists on (:meth:`with_minimum`).
+    """
+
+    def __init__(
+        self,
+        node: str,
+        backends: Mapping[str, Backend],
+        *,
+        clock: Callable[[], datetime] = _utc_now,
+        minimum_keep: str = "",
+        locks: VolumeLocks | None = None,
+    ) -> None:
+        self._node = names.check_node(node)
+        self._backends = dict(backends)
+        self._clock = clock
+        self._minimum_keep = minimum_keep
+        self._locks = locks or VolumeLocks()
+
+    def with_minimum(self, keep: str) -> LocalEndpoint:
+        """The same node, where every prune also keeps what ``keep`` keeps."""
+        return LocalEndpoint(self._node, self._backends, clock=self._clock, minimum_keep=keep, locks=self._locks)
+
+    @property
+    def node(self) -> str:
+        """This node's name."""
+        return self._node
+
+    def _backend(self, storage: str) -> Backend:
+        backend = self._backends.get(storage)
+        if backend is None:
+            known = ", ".join(sorted(self._backends)) or "none"
+            raise StorageUnavailable(
+                f"node {self._node} has no storage {storage!r}",
+                hint=f"configured there: {known}; add [storage.{storage}] to its replicator.toml or correct the name",
+            )
+        return backend
+
+    def _of(self, volume: VolumeId) -> Backend:
+        names.check_volume(volume.name)
+        return self._backend(volume.storage)
+
+    # -- listings
+
+    def storages(self) -> tuple[StorageInfo, ...]:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found = []
+        for name, backend in sorted(self._backends.items()):
+            try:
+                found.append(backend.info())
+            except ReplicatorError as error:
+                found.append(
+                    StorageInfo(
+                        name, backend.kind, backend.stream, backend.capabilities, 0, 0, "not available", (str(error),)
+                    )
+                )
+        return tuple(found)
+
+    def storage(self, name: str) -> StorageInfo:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        return self._backend(name).info()
+
+    def volumes(self, storage: str) -> tuple[VolumeInfo, ...]:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        return self._backend(storage).volumes()
+
+    def state(self, volume: VolumeId) -> VolumeState | None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        return self._of(volume).state(volume.name)
+
+    def _existing(self, volume: VolumeId) -> VolumeState:
+        state = self.state(volume)
+        if state is None:
+            raise NoSuchVolume(
+                f"node {self._node} has no volume {volume}", hint="`replicator status` lists the volumes of each job"
+            )
+        return state
+
+    # -- sources
+
+    def ensure_primary(self, volume: VolumeId) -> Lineage:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        lineage = self._existing(volume).lineage
+        if lineage is not None and lineage.role is Role.PRIMARY:
+            return lineage
+        if lineage is not None:
+            raise ConflictError(
+                f"volume {volume} on node {self._node} is a replica, so it cannot be the source of a job",
+                kind="replica_as_source",
+                hint="replicate from its primary, or leave it out with a '!' pattern in the job's source",
+            )
+        with self._locks.writing(volume, "marking it as a primary"):
+            again = self._existing(volume).lineage  # somebody may have been faster
+            if again is not None:
+                return again
+            lineage = Lineage(str(uuid.uuid4()), Role.PRIMARY, 1)
+            self._of(volume).set_lineage(volume.name, lineage)
+        return lineage
+
+    def snapshot(self, request: SnapshotRequest) -> tuple[Version, ...]:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        names.check_snapshot(request.name)
+        storages = {volume.storage for volume in request.volumes}
+        if len(storages) > 1:
+            raise UsageError(
+                f"one snapshot request names volumes of several storages: {', '.join(sorted(storages))}",
+                hint="ask for each storage by itself",
+            )
+        if not request.volumes:
+            return ()
+        backend = self._backend(storages.pop())
+        return backend.snapshot(tuple(names.check_volume(v.name) for v in request.volumes), request.name)
+
+    def estimate(self, volume: VolumeId, base: VersionRef | None, to: VersionRef) -> int | None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        return self._of(volume).estimate(volume.name, base, to)
+
+    def send(self, request: SendRequest, cancel: Cancellation) -> Stream:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        return self._of(request.volume).send(request, cancel)
+
+    def digests(self, request: DigestRequest, cancel: Cancellation) -> Iterator[DigestBatch]:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        return self._of(request.volume).digests(request, cancel)
+
+    # -- protection
+
+    def hold(self, volume: VolumeId, version: VersionRef, tag: str) -> None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        self._of(volume).hold(volume.name, version, names.check_tag(tag))
+
+    def release(self, volume: VolumeId, version: VersionRef, tag: str) -> None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        self._of(volume).release(volume.name, version, names.check_tag(tag))
+
+    # -- targets
+
+    def receive(self, request: ReceiveRequest, stream: Stream, cancel: Cancellation) -> Version:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        names.check_snapshot(request.to.name)
+        if request.aside:
+            names.check_snapshot(request.aside)
+        if request.hold:
+            names.check_tag(request.hold)
+        if request.lineage is None and request.mode is not ReceiveMode.RESTORE:
+            raise UsageError(f"no lineage is given for the replica {request.volume}", hint="")
+        backend = self._of(request.volume)
+        with self._locks.writing(request.volume, f"receiving {request.to.name}"):
+            if request.lineage is not None and request.mode is not ReceiveMode.RESTORE:
+                check_may_receive(request.volume, backend.state(request.volume.name), request.lineage)
+            return backend.receive(request, stream, cancel)
+
+    def abort_receive(self, volume: VolumeId) -> None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        with self._locks.writing(volume, "discarding partial state"):
+            self._of(volume).abort_receive(volume.name)
+
+    def set_aside(self, volume: VolumeId, name: str) -> VersionRef | None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        names.check_snapshot(name)
+        with self._locks.writing(volume, "keeping its own data aside"):
+            return self._of(volume).set_aside(volume.name, name)
+
+    def adopt(self, volume: VolumeId, lineage: Lineage) -> None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        with self._locks.writing(volume, "making it a replica"):
+            current = self._existing(volume).lineage
+            if current is not None and current.uuid == lineage.uuid and current.epoch > lineage.epoch:
+                raise _stale_epoch(volume, current, lineage)
+            replica = Lineage(lineage.uuid, Role.REPLICA, lineage.epoch)
+            if current != replica:
+                self._of(volume).set_lineage(volume.name, replica)
+
+    def clone(self, volume: VolumeId, version: VersionRef, new: VolumeId) -> VolumeInfo:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        names.check_volume(new.name)
+        if new.storage != volume.storage:
+            raise UsageError(f"{volume} cannot be cloned into another storage ({new})", hint="copy it with a restore")
+        with self._locks.writing(new, "making a clone"):
+            return self._of(volume).clone(volume.name, version, new.name)
+
+    def prune(self, request: PruneRequest) -> tuple[PruneOutcome, ...]:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        backend = self._of(request.volume)
+        state = self._existing(request.volume)
+        now = self._clock()
+        policy = retention.parse(request.keep)
+        decisions = retention.apply(
+            state.versions, policy, now=now, protect=frozenset(request.protect), job=request.job
+        )
+        floor = {}
+        if self._minimum_keep:
+            minimum = retention.parse(self._minimum_keep)
+            floor = {
+                d.version.guid: d.reason
+                for d in retention.apply(state.versions, minimum, now=now, protect=frozenset(), job=request.job)
+                if d.keep
+            }
+        outcomes = []
+        for decision in decisions:
+            version, reason = decision.version, decision.reason
+            if decision.keep or request.dry_run or version.guid in floor:
+                kept = decision.keep or version.guid in floor
+                if not decision.keep and kept:
+                    reason = f"this node's minimum: {floor[version.guid]}"
+                outcomes.append(PruneOutcome(version, kept, reason))
+                continue
+            try:
+                backend.destroy(request.volume.name, version.ref)
+            except ReplicatorError as error:  # one that cannot go must not block the others
+                outcomes.append(PruneOutcome(version, True, reason, str(error)))
+            else:
+                outcomes.append(PruneOutcome(version, False, reason))
+        return tuple(outcomes)
+
+    def close(self) -> None:
+        """Close every backend."""
+        for backend in self._backends.values():
+            backend.close()
+
+
+def _stale_epoch(volume: VolumeId, mine: Lineage, theirs: Lineage) -> StaleEpoch:
+    return StaleEpoch(
+        f"volume {volume} is at epoch {mine.epoch}, the sender only at epoch {theirs.epoch}: it was superseded",
+        hint="the sender is no longer the primary; find the node that was promoted before you go on",
+    )
+
+
+def check_may_receive(volume: VolumeId, state: VolumeState | None, sender: Lineage) -> None:
+    """Whether a volume may take data of ``sender``: nothing there yet, or a replica of the same lineage and epoch.
+
+    :raises NotAReplica, StaleEpoch:
+    """
+    if state is None:
+        return
+    mine = state.lineage
+    resolve = "`replicator resync` keeps what is there aside and makes it a replica"
+    if mine is None:
+        raise NotAReplica(f"volume {volume} exists on the target and is not a replica of ours", hint=resolve)
+    if mine.uuid != sender.uuid:
+        raise NotAReplica(f"volume {volume} is of another lineage ({mine.uuid}, not {sender.uuid})", hint=resolve)
+    if mine.epoch > sender.epoch:
+        raise _stale_epoch(volume, mine, sender)
+    if mine.role is not Role.REPLICA:
+        raise NotAReplica(f"volume {volume} is a primary on the target (epoch {mine.epoch})", hint=resolve)

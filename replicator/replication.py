@@ -1,0 +1,318 @@
+"""Drives one volume's replication from a source endpoint to a target endpoint.
+
+Knows plans, steps, holds and attempts; knows no storage and no socket. What it does at every moment is safe to be cut
+off: the base of each step is held on both sides before the first byte, a new version counts only once the target says
+that it is durable, and the next run derives everything anew from what the two sides list.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from replicator.cancellation import Cancellation
+from replicator.endpoint import Endpoint, ReceiveMode, ReceiveRequest, SendRequest
+from replicator.errors import NoSuchVolume, ReplicatorError
+from replicator.model import Lineage, Progress, StreamKind, Version, VolumeId, VolumeState
+from replicator.planning import Conflict, Plan, SendPolicy, Step, plan, stale_holds
+from replicator.streams import KEY_SIZE, Chunk, ChunkStream, Stream
+from replicator.watchdog import Watchdog
+
+PAUSE_BETWEEN_ATTEMPTS = 1.0
+"""Seconds; a cut that is mended at once is not worth a scheduler's back-off."""
+
+
+class Pacer(Protocol):
+    """Holds back a stream to a rate (see ``transport.pacing``)."""
+
+    def wait(self, size: int, cancel: Cancellation) -> None:
+        """Return when ``size`` more bytes may pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one replication, in seconds.
+
+    :ivar stall: between two chunks
+    :ivar prepare: until the first chunk (a target without reflink copies the base first) and for the commit
+    :ivar attempts: tries within one run when an error is retryable
+    """
+
+    stall: float = 120.0
+    prepare: float = 3600.0
+    attempts: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A volume and its replica, with the endpoints that have them.
+
+    :ivar tag: the hold tag of this job and target, set on both sides
+    """
+
+    source: Endpoint
+    source_volume: VolumeId
+    target: Endpoint
+    target_volume: VolumeId
+    tag: str
+
+    @property
+    def target_text(self) -> str:
+        """The target as people name it: NODE:STORAGE."""
+        return f"{self.target.node}:{self.target_volume.storage}"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to replicate.
+
+    :ivar policy: which snapshots are sent
+    :ivar pacers: every one of them holds the stream back
+    """
+
+    policy: SendPolicy
+    limits: Limits = field(default_factory=Limits)
+    pacers: tuple[Pacer, ...] = ()
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run did. Counted even when it fails in the middle.
+
+    :ivar done: bytes of changes brought over; :ivar sent: bytes that crossed the network
+    :ivar steps: steps that were committed
+    :ivar newest: newest version that both sides have, complete
+    """
+
+    done: int = 0
+    sent: int = 0
+    steps: int = 0
+    attempts: int = 0
+    newest: Version | None = None
+
+
+Observer = Callable[[Progress], None]
+
+
+def new_key() -> str:
+    """A fresh key for one stream, in hex."""
+    return secrets.token_hex(KEY_SIZE)
+
+
+class Meter:
+    """Counts a stream, tells the observer at most a few times a second, holds it back, and stops it on request."""
+
+    INTERVAL = 0.2
+    WINDOW = 3.0
+    """Seconds over which the rate is smoothed."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        step: str,
+        *,
+        total: int | None,
+        observer: Observer,
+        outcome: Outcome,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._observer = observer
+        self._outcome = outcome
+        now = clock()
+        self._told = self._marked = now
+        self._marked_done = 0
+        self.progress = Progress(str(pair.source_volume), pair.target_text, step, 0, total, 0, 0.0)
+
+    def add(self, length: int, wire_bytes: int) -> None:
+        """A chunk of ``length`` bytes of changes went by and took ``wire_bytes`` on the network."""
+        self._outcome.done += length
+        self._outcome.sent += wire_bytes
+        done, sent = self.progress.done + length, self.progress.sent + wire_bytes
+        now = self._clock()
+        rate = self.progress.rate
+        if now - self._marked >= self.INTERVAL:
+            fresh = (done - self._marked_done) / (now - self._marked)
+            weight = min(1.0, (now - self._marked) / self.WINDOW) if rate else 1.0
+            rate += (fresh - rate) * weight
+            self._marked, self._marked_done = now, done
+        self.progress = replace(self.progress, done=done, sent=sent, rate=rate)
+        if now - self._told >= self.INTERVAL:
+            self._told = now
+            self._observer(self.progress)
+
+    def finish(self) -> None:
+        """Tell the last figures."""
+        self._observer(self.progress)
+
+
+class ObservedStream(ChunkStream):
+    """A stream with counting, pacing, watching and cancellation around each chunk."""
+
+    def __init__(
+        self, stream: Stream, meter: Meter, watchdog: Watchdog, options: Options, cancel: Cancellation
+    ) -> None:
+        super().__init__(stream.kind, self._observe(stream), estimate=stream.estimate, on_close=stream.close)
+        self._meter = meter
+        self._watchdog = watchdog
+        self._options = options
+        self._cancel = cancel
+
+    def _observe(self, stream: Stream) -> Iterator[Chunk]:
+        limits = self._options.limits
+        wire = 0
+        for chunk in stream:
+            self._cancel.check()
+            self._watchdog.phase("the target took the data", limits.stall)
+            length, size = chunk.length, len(chunk.data)
+            yield chunk
+            crossed = stream.wire_bytes + self.wire_bytes - wire  # the source's connection, or the target's
+            wire += crossed
+            self._meter.add(length, crossed)
+            self._watchdog.phase("the rate limit held it back", limits.prepare)
+            for pacer in self._options.pacers:
+                pacer.wait(crossed or size, self._cancel)
+            self._watchdog.phase("the source was read", limits.stall)
+        self._watchdog.phase("the target made it durable", limits.prepare)
+
+
+class Replication:
+    """One run for one pair: plan, transfer step by step, try again where that may help."""
+
+    def __init__(self, pair: Pair, options: Options, *, observer: Observer, cancel: Cancellation) -> None:
+        self._pair = pair
+        self._options = options
+        self._observer = observer
+        self._cancel = cancel
+        self.outcome = Outcome()
+
+    def plan(self) -> tuple[Plan | Conflict, VolumeState, VolumeState | None]:
+        """List both sides and plan; changes nothing.
+
+        :raises NoSuchVolume: the source volume does not exist
+        """
+        pair = self._pair
+        source = pair.source.state(pair.source_volume)
+        if source is None:
+            raise NoSuchVolume(
+                f"node {pair.source.node} has no volume {pair.source_volume}",
+                hint="its replicas are kept; take it out of the job, or bring it back with `replicator restore`",
+            )
+        target = pair.target.state(pair.target_volume)
+        return plan(source, target, self._options.policy), source, target
+
+    def run(self) -> Outcome:
+        """Bring the target to the source's newest version.
+
+        :raises ConflictError: the two sides cannot be reconciled without a decision
+        :raises ReplicatorError: the last attempt's error; what was committed before it stays, see ``outcome``
+        """
+        while True:
+            self.outcome.attempts += 1
+            before = self.outcome.steps, self.outcome.done
+            try:
+                while not self._once():
+                    pass
+            except ReplicatorError as error:
+                if self._cancel.cancelled or not error.retryable:
+                    raise
+                moved = (self.outcome.steps, self.outcome.done) != before
+                if self.outcome.attempts >= self._options.limits.attempts * (2 if moved else 1):
+                    raise
+                if self._cancel.wait(PAUSE_BETWEEN_ATTEMPTS):
+                    raise
+            else:
+                return self.outcome
+
+    def _once(self) -> bool:
+        """Plan and do its steps; whether the plan was done to its end (False: plan again)."""
+        self._cancel.check()
+        pair = self._pair
+        lineage = pair.source.ensure_primary(pair.source_volume)
+        found, source, target = self.plan()
+        if not isinstance(found, Plan):
+            raise found.to_error()
+        if found.abort_partial:
+            pair.target.abort_receive(pair.target_volume)
+        newest = found.common
+        for step in found.steps:
+            committed = self._transfer(step, lineage)
+            self.outcome.steps += 1
+            newest = step.to
+            self._settle(step, committed)
+            if step.resume is not None:
+                return False  # a resumed step finishes what was begun; only now is it known what else there is
+        if newest is not None:
+            self._tidy_holds(source, target, newest)
+        self.outcome.newest = newest
+        return True
+
+    def _transfer(self, step: Step, lineage: Lineage) -> Version:
+        """Send one step and return the target's new version."""
+        pair, cancel = self._pair, self._cancel
+        pair.source.hold(pair.source_volume, step.to.ref, pair.tag)
+        if step.base is not None and step.base.kind is not step.base.kind.BOOKMARK:
+            pair.source.hold(pair.source_volume, step.base.ref, pair.tag)
+        if step.target_base is not None:
+            pair.target.hold(pair.target_volume, step.target_base.ref, pair.tag)
+        key = new_key()
+        send = SendRequest(
+            pair.source_volume,
+            step.base.ref if step.base else None,
+            step.to.ref,
+            key,
+            lineage=lineage,
+            intermediates=step.intermediates,
+            resume=step.resume,
+        )
+        with cancel.child() as part:
+            watchdog = Watchdog(part)
+            with (
+                watchdog.watching("the source prepared the stream", self._options.limits.prepare),
+                pair.source.send(send, part) as stream,
+            ):
+                receive = ReceiveRequest(
+                    pair.target_volume,
+                    lineage,
+                    step.target_base.ref if step.target_base else None,
+                    step.to,
+                    key,
+                    mode=ReceiveMode.REPLICA,
+                    kind=stream.kind,
+                    hold=pair.tag,
+                    resume=step.resume,
+                )
+                done = step.resume.offset if step.resume and step.resume.kind is StreamKind.NATIVE else 0
+                total = stream.estimate if stream.estimate is not None else step.estimate
+                meter = Meter(pair, step.to.name, total=total, observer=self._observer, outcome=self.outcome)
+                meter.progress = replace(meter.progress, done=done)
+                with ObservedStream(stream, meter, watchdog, self._options, part) as chunks:
+                    committed = pair.target.receive(receive, chunks, part)
+                meter.finish()
+        return committed
+
+    def _settle(self, step: Step, committed: Version) -> None:
+        """The new version is common and held on both sides: the old base's holds have done their work."""
+        pair = self._pair
+        if step.base is not None and step.base.guid != committed.guid:
+            pair.source.release(pair.source_volume, step.base.ref, pair.tag)
+        if step.target_base is not None and step.target_base.guid != committed.guid:
+            pair.target.release(pair.target_volume, step.target_base.ref, pair.tag)
+
+    def _tidy_holds(self, source: VolumeState, target: VolumeState | None, newest: Version) -> None:
+        """Release holds of ours that an earlier, interrupted run left; make sure the newest common version has one."""
+        pair = self._pair
+        for endpoint, volume, state in (
+            (pair.source, pair.source_volume, source),
+            (pair.target, pair.target_volume, target),
+        ):
+            if state is None:
+                continue
+            common = state.by_guid(newest.guid)
+            if common is not None and common in state.snapshots and pair.tag not in common.holds:
+                endpoint.hold(volume, common.ref, pair.tag)
+            for version, tag in stale_holds(state, pair.tag, frozenset({newest.guid})):
+                endpoint.release(volume, version.ref, tag)
