@@ -1,0 +1,609 @@
+"""What has to be sent: two lists of versions in, a plan or a conflict out. Pure; no I/O, no clock.
+
+Versions are matched by guid, so renames on either side do not matter. ``position`` orders the versions of one side;
+creation times are never compared, because clocks lie. One pass over dictionaries: time is linear in the number of
+versions.
+
+::
+
+    source   a ── b ── c ── d ── e          common: c (newest that the target has and the source knows)
+    target   a ── x'── c                    steps:  c → d, d → e      (or c → e: newest only, or one batch)
+
+Snapshots that only the target has are no conflict as long as they are older than the common one: that is longer
+retention. Newer ones mean that somebody wrote there, and that is a decision for people (:class:`Diverged`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import ClassVar
+
+from replicator.errors import ConflictError
+from replicator.model import (
+    Capability,
+    ResumeState,
+    Role,
+    StorageInfo,
+    StreamKind,
+    Version,
+    VersionKind,
+    VolumeId,
+    VolumeState,
+)
+from replicator.names import MAX_SNAPSHOT_BYTES
+
+SHOWN_VERSIONS = 3
+"""How many versions a message names before it says how many more there are."""
+
+
+class Intermediates(StrEnum):
+    """Which snapshots between the common one and the newest are sent."""
+
+    ALL = "all"
+    NEWEST = "newest"
+
+
+@dataclass(frozen=True, slots=True)
+class SendPolicy:
+    """Which snapshots of a source go to a target.
+
+    :ivar job: only snapshots that this job made; None: foreign ones as well
+    """
+
+    intermediates: Intermediates = Intermediates.ALL
+    job: str | None = None
+
+    def selects(self, version: Version) -> bool:
+        """Whether this version is one to send. Bookmarks have no data; what a resync kept aside stays where it is."""
+        if version.kind is not VersionKind.SNAPSHOT or version.is_diverged:
+            return False
+        return self.job is None or version.job == self.job
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """From where to where, as far as planning and its messages need it.
+
+    :ivar volume: the source volume
+    :ivar target: ``NODE:STORAGE``, as the configuration and ``--target`` write it
+    :ivar batches: both storages can carry several snapshots in one stream
+    """
+
+    volume: VolumeId
+    target: str
+    source_stream: StreamKind = StreamKind.BLOCKS
+    target_stream: StreamKind = StreamKind.BLOCKS
+    batches: bool = False
+
+    @classmethod
+    def between(cls, volume: VolumeId, source: StorageInfo, target_node: str, target: StorageInfo) -> Route:
+        """The route from a volume on the storage ``source`` to the storage ``target`` of ``target_node``."""
+        both = source.capabilities & target.capabilities
+        return cls(
+            volume,
+            f"{target_node}:{target.name}",
+            source.stream,
+            target.stream,
+            bool(both & Capability.NATIVE_INTERMEDIATES),
+        )
+
+    @property
+    def resync(self) -> str:
+        """The command that makes the replica right again, whatever happened to it."""
+        return f"replicator resync {self.volume} --target {self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """One version that both sides have, as each side knows it."""
+
+    source: Version
+    target: Version
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One stream to send.
+
+    :ivar base: what the source sends from (a snapshot or a bookmark), None for everything
+    :ivar target_base: the same version as the target knows it, or will once the step before this one is done
+    :ivar to: what is sent, as the source knows it
+    :ivar name: what ``to`` is called on the target: its own name, unless another version has that there
+    :ivar intermediates: snapshots between base and to travel in the same stream
+    :ivar resume: the target's partial state that this step continues
+    :ivar estimate: bytes of changes, None when not known; planning leaves it None
+    """
+
+    base: Version | None
+    target_base: Version | None
+    to: Version
+    name: str
+    intermediates: bool = False
+    resume: ResumeState | None = None
+    estimate: int | None = None
+
+    @property
+    def arriving(self) -> Version:
+        """``to`` as the target is to call it."""
+        return replace(self.to, name=self.name)
+
+    def __str__(self) -> str:
+        text = f"{self.base.name} → {self.to.name}" if self.base else f"full copy of {self.to.name}"
+        return f"{text} (resumed at byte {self.resume.offset})" if self.resume else text
+
+
+@dataclass(frozen=True, slots=True)
+class StaleResume:
+    """Partial state on the target that nothing on the source continues. No conflict: it is discarded."""
+
+    resume: ResumeState
+    reason: str
+
+    @property
+    def message(self) -> str:
+        """One sentence for the log."""
+        return f"the half-received {self.resume.to_name} is discarded: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What brings the target up to date.
+
+    :ivar steps: in order; each one's base is the ``to`` of the one before
+    :ivar common: the newest version that both have, before the first step
+    :ivar stale_resume: discard the target's partial state first, and why
+    :ivar reason: why there is nothing to do, "" where there are steps
+    """
+
+    steps: tuple[Step, ...]
+    common: Common | None
+    stale_resume: StaleResume | None = None
+    reason: str = ""
+
+    @property
+    def abort_partial(self) -> bool:
+        """Whether the target's partial state must be discarded before the first step."""
+        return self.stale_resume is not None
+
+    @property
+    def up_to_date(self) -> bool:
+        """Whether the target has all it should have already (false for a source without any snapshot)."""
+        return not self.steps and self.common is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Why there is no plan: something that only people can decide. Subclasses carry the evidence."""
+
+    kind: ClassVar[str] = "conflict"
+    route: Route
+
+    @property
+    def message(self) -> str:
+        """The thing and the cause, one sentence."""
+        raise NotImplementedError
+
+    @property
+    def hint(self) -> str:
+        """The remedy."""
+        return f"{self.route.resync} makes the replica right again; what only it has is first kept aside there"
+
+    def to_error(self) -> ConflictError:
+        """This conflict as an exception."""
+        return ConflictError(self.message, hint=self.hint, kind=self.kind)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceMissing(Conflict):
+    """The volume to replicate does not exist (any more)."""
+
+    kind: ClassVar[str] = "source_missing"
+
+    @property
+    def message(self) -> str:
+        return f"source volume {self.route.volume} does not exist"
+
+    @property
+    def hint(self) -> str:
+        return (
+            f"correct the job's source, or bring the volume back: replicator restore copies it from {self.route.target}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SourceIsReplica(Conflict):
+    """The volume to replicate is itself a replica."""
+
+    kind: ClassVar[str] = "source_is_replica"
+    epoch: int
+
+    @property
+    def message(self) -> str:
+        return f"{self.route.volume} is a replica here (epoch {self.epoch}), so it cannot be a source"
+
+    @property
+    def hint(self) -> str:
+        return "run the job on the node that has the primary"
+
+
+@dataclass(frozen=True, slots=True)
+class MixedStreams(Conflict):
+    """The two storages do not speak the same kind of stream."""
+
+    kind: ClassVar[str] = "mixed_streams"
+
+    @property
+    def message(self) -> str:
+        route = self.route
+        return (
+            f"{route.volume} cannot go to {route.target}: the source sends {route.source_stream} streams, "
+            f"the target takes {route.target_stream} streams"
+        )
+
+    @property
+    def hint(self) -> str:
+        return "choose a target storage of the same kind as the source's"
+
+
+@dataclass(frozen=True, slots=True)
+class NotAReplica(Conflict):
+    """The target has a volume of that name that is not a replica of this source.
+
+    :ivar found: what it is
+    """
+
+    kind: ClassVar[str] = "not_a_replica"
+    volume: VolumeId
+    found: str
+
+    @property
+    def message(self) -> str:
+        return f"{self.volume} on {self.route.target} is no replica of {self.route.volume}: {self.found}"
+
+    @property
+    def hint(self) -> str:
+        return (
+            f"rename or remove that volume if it is yours; or {self.route.resync} takes it as the replica, "
+            "and first keeps its data aside there"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StaleEpoch(Conflict):
+    """The target was promoted after this source: this source was superseded."""
+
+    kind: ClassVar[str] = "stale_epoch"
+    source_epoch: int
+    target_epoch: int
+
+    @property
+    def message(self) -> str:
+        return (
+            f"{self.route.volume} was superseded: the copy on {self.route.target} is of epoch {self.target_epoch}, "
+            f"this one of epoch {self.source_epoch}"
+        )
+
+    @property
+    def hint(self) -> str:
+        return (
+            f"{self.route.target} was promoted and has the newer data: stop using the copy here, "
+            "and replicate from there to here"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Diverged(Conflict):
+    """The replica has data that the source never had.
+
+    :ivar common: newest common version as the target knows it, if there is one
+    :ivar newer: snapshots of the target that are newer than that, oldest first
+    :ivar head_changed: live data that no snapshot has
+    """
+
+    kind: ClassVar[str] = "diverged"
+    common: Version | None
+    newer: tuple[Version, ...]
+    head_changed: bool
+
+    @property
+    def message(self) -> str:
+        what = []
+        if self.newer:
+            what.append(f"has snapshots that the source does not have ({_listed(self.newer)})")
+        if self.head_changed:
+            what.append("was written to")
+        since = f" since {self.common.name}" if self.common else ""
+        return f"the replica of {self.route.volume} on {self.route.target} {' and '.join(what)}{since}"
+
+
+@dataclass(frozen=True, slots=True)
+class NoCommonBase(Conflict):
+    """Both sides have snapshots, but none in common.
+
+    :ivar source: snapshots and bookmarks of the source, oldest first
+    :ivar target: snapshots of the target, oldest first
+    """
+
+    kind: ClassVar[str] = "no_common_base"
+    source: tuple[Version, ...]
+    target: tuple[Version, ...]
+
+    @property
+    def message(self) -> str:
+        return (
+            f"{self.route.volume} and its replica on {self.route.target} have no snapshot in common: "
+            f"here {_listed(self.source) or 'there is none'}; there {_listed(self.target)}"
+        )
+
+    @property
+    def hint(self) -> str:
+        return f"{self.route.resync} compares the two and sends only the blocks that differ"
+
+
+def plan(source: VolumeState | None, target: VolumeState | None, policy: SendPolicy, route: Route) -> Plan | Conflict:
+    """What brings ``target`` up to date with ``source``.
+
+    :param source: None: there is no such volume
+    :param target: None: there is no such volume, so a full copy makes it
+    """
+    if source is None:
+        return SourceMissing(route)
+    if route.source_stream is not route.target_stream:
+        return MixedStreams(route)
+    conflict = _lineage_conflict(source, target, route)
+    if conflict is not None:
+        return conflict
+
+    sent = tuple(sorted((v for v in source.versions if policy.selects(v)), key=_position))
+    there = _live_snapshots(target)
+    common = _newest_common(source, there)
+    if target is not None:
+        conflict = _version_conflict(source, target, there, common, route)
+        if conflict is not None:
+            return conflict
+
+    builder = _Steps(source, target, policy, route.batches, common)
+    resumed = _resumable(source, target, policy, route, there, common)
+    stale = resumed if isinstance(resumed, StaleResume) else None
+    if isinstance(resumed, Version) and target is not None and target.resume is not None:
+        builder.resume(resumed, target.resume)
+    builder.add(sent)
+    steps = tuple(builder.steps)
+    reason = "" if steps else ("up to date" if common else "the source has no snapshot to send yet")
+    return Plan(steps, common, stale, reason)
+
+
+def newest_common(source: VolumeState, target: VolumeState | None) -> Common | None:
+    """The newest version that the target has as a snapshot and the source knows, by the target's order."""
+    return _newest_common(source, _live_snapshots(target))
+
+
+def protected_guids(source: VolumeState, targets: Iterable[VolumeState | None]) -> frozenset[str]:
+    """What no policy may destroy, on either side: the last common version with each target, and what a partial state of
+    a target continues.
+
+    :param targets: the states of all live targets; an unreachable one cannot be in here, its hold protects it instead
+    """
+    guids: set[str] = set()
+    for target in targets:
+        common = newest_common(source, target)
+        if common is not None:
+            guids.add(common.source.guid)
+        if target is not None and target.resume is not None:
+            guids.add(target.resume.to_guid)
+            if target.resume.base_guid is not None:
+                guids.add(target.resume.base_guid)
+    return frozenset(guids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepHolds:
+    """What one step needs held from before its first byte until the target has confirmed.
+
+    The target's hold on the new version is set by the receive itself, in the same commit.
+    """
+
+    tag: str
+    source: tuple[Version, ...]
+    target: tuple[Version, ...]
+
+
+def holds_for(step: Step, tag: str) -> StepHolds:
+    """The holds that ``step`` needs. Bookmarks cannot be held and need not be: only data can be destroyed."""
+    return StepHolds(
+        tag,
+        tuple(v for v in (step.base, step.to) if v is not None and v.kind is VersionKind.SNAPSHOT),
+        (step.target_base,) if step.target_base is not None else (),
+    )
+
+
+def stale_holds(state: VolumeState, tag: str, keep: Set[str]) -> list[tuple[Version, str]]:
+    """Versions that still carry our hold ``tag`` although their guid is none of ``keep``: left by a run that ended
+    between the confirmation and the release."""
+    return [(v, tag) for v in state.versions if tag in v.holds and v.guid not in keep]
+
+
+def _position(version: Version) -> int:
+    return version.position
+
+
+def _listed(versions: Sequence[Version]) -> str:
+    shown = ", ".join(v.name for v in versions[-SHOWN_VERSIONS:])
+    more = len(versions) - SHOWN_VERSIONS
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _live_snapshots(target: VolumeState | None) -> tuple[Version, ...]:
+    """The target's snapshots, oldest first, without what a resync kept aside."""
+    versions = target.versions if target is not None else ()
+    found = (v for v in versions if v.kind is VersionKind.SNAPSHOT and not v.is_diverged)
+    return tuple(sorted(found, key=_position))
+
+
+def _by_guid(versions: Iterable[Version]) -> dict[str, Version]:
+    """Versions by identity, a snapshot before a bookmark."""
+    found: dict[str, Version] = {}
+    for version in versions:
+        if version.kind is VersionKind.SNAPSHOT or version.guid not in found:
+            found[version.guid] = version
+    return found
+
+
+def _newest_common(source: VolumeState, there: Sequence[Version]) -> Common | None:
+    known = _by_guid(v for v in source.versions if not v.is_diverged)
+    for version in reversed(there):
+        if version.guid in known:
+            return Common(known[version.guid], version)
+    return None
+
+
+def _lineage_conflict(source: VolumeState, target: VolumeState | None, route: Route) -> Conflict | None:
+    ours = source.lineage
+    if ours is not None and ours.role is Role.REPLICA:
+        return SourceIsReplica(route, ours.epoch)
+    if target is None:
+        return None
+    theirs = target.lineage
+    if theirs is None:
+        return NotAReplica(route, target.id, "it is a volume of its own, never made by replication")
+    if ours is None:
+        return NotAReplica(route, target.id, "it follows another volume, and this source was never replicated")
+    if theirs.uuid != ours.uuid:
+        return NotAReplica(route, target.id, f"it belongs to lineage {theirs.uuid}, the source to {ours.uuid}")
+    if theirs.epoch > ours.epoch:
+        return StaleEpoch(route, ours.epoch, theirs.epoch)
+    if theirs.role is Role.PRIMARY:
+        return NotAReplica(route, target.id, f"it is a primary itself (epoch {theirs.epoch})")
+    return None
+
+
+def _version_conflict(
+    source: VolumeState, target: VolumeState, there: Sequence[Version], common: Common | None, route: Route
+) -> Conflict | None:
+    if common is None:
+        if there:
+            return NoCommonBase(route, tuple(sorted(source.versions, key=_position)), tuple(there))
+        return Diverged(route, None, (), True) if target.head_changed else None
+    newer = tuple(v for v in there if v.position > common.target.position)
+    if newer or target.head_changed:
+        return Diverged(route, common.target, newer, target.head_changed)
+    return None
+
+
+def _resumable(
+    source: VolumeState,
+    target: VolumeState | None,
+    policy: SendPolicy,
+    route: Route,
+    there: Sequence[Version],
+    common: Common | None,
+) -> Version | StaleResume | None:
+    """The source's version that the target's partial state goes to; or why nothing continues it; or None: there is no
+    partial state."""
+    if target is None or target.resume is None:
+        return None
+    resume = target.resume
+    to = _by_guid(source.versions).get(resume.to_guid)
+    reason = ""
+    if resume.kind is not route.source_stream:
+        reason = f"it is of a {resume.kind} stream, and the source sends {route.source_stream} streams"
+    elif to is None or to.kind is not VersionKind.SNAPSHOT:
+        reason = "the source no longer has that snapshot"
+    elif not policy.selects(to):
+        reason = "that snapshot is no longer one to send"
+    elif any(v.guid == resume.to_guid for v in there):
+        reason = "the target has that snapshot already"
+    elif resume.base_guid is None and common is not None:
+        reason = f"it began as a full copy, and there is {common.target.name} to start from"
+    elif resume.base_guid is not None and (common is None or common.target.guid != resume.base_guid):
+        reason = "its base is not the newest snapshot that both sides have"
+    elif common is not None and to.position <= common.source.position:
+        reason = "that snapshot is older than what the target has"
+    return StaleResume(resume, reason) if reason or to is None else to
+
+
+class _Steps:
+    """Builds the chain of steps, each one starting where the last one ends."""
+
+    def __init__(
+        self,
+        source: VolumeState,
+        target: VolumeState | None,
+        policy: SendPolicy,
+        batches: bool,
+        common: Common | None,
+    ) -> None:
+        self.steps: list[Step] = []
+        self._policy = policy
+        self._batches = batches
+        self._base = common.source if common else None
+        self._target_base = common.target if common else None
+        self._there = {v.guid for v in _live_snapshots(target)}
+        self._names = {v.name: v.guid for v in (target.versions if target is not None else ())}
+        # A batch carries every snapshot between its ends, wanted or not: it must not span one that is not sent.
+        snapshots = (v for v in source.versions if v.kind is VersionKind.SNAPSHOT)
+        unwanted = (v.position for v in snapshots if not policy.selects(v) or v.guid in self._there)
+        self._unwanted = sorted(unwanted, reverse=True)
+
+    def resume(self, to: Version, state: ResumeState) -> None:
+        """The step that was interrupted; what follows is planned from its end."""
+        name = state.to_name if self._names.get(state.to_name, to.guid) == to.guid else self._free_name(to)
+        self._append(Step(self._base, self._target_base, to, name, resume=state))
+
+    def add(self, sent: Sequence[Version]) -> None:
+        """Steps to all (or the newest) of ``sent`` (oldest first) that are after the base and not on the target."""
+        after = self._base.position if self._base is not None else None
+        todo = [v for v in sent if (after is None or v.position > after) and v.guid not in self._there]
+        if self._policy.intermediates is Intermediates.NEWEST:
+            todo = todo[-1:]
+        index = 0
+        while index < len(todo):
+            last = self._end_of_batch(todo, index)
+            to = todo[last]
+            self._append(Step(self._base, self._target_base, to, self._free_name(to), intermediates=last > index))
+            index = last + 1
+
+    def _append(self, step: Step) -> None:
+        self.steps.append(step)
+        self._names[step.name] = step.to.guid
+        self._base, self._target_base = step.to, step.arriving
+
+    def _end_of_batch(self, todo: Sequence[Version], first: int) -> int:
+        """Index of the last version that can travel in the stream of the one at ``first``.
+
+        A stream with intermediates starts from a snapshot: not from nothing, and not from a bookmark (zfs-send(8)).
+        """
+        if not self._batches or self._base is None or self._base.kind is VersionKind.BOOKMARK:
+            return first
+        while self._unwanted and self._unwanted[-1] <= self._base.position:
+            self._unwanted.pop()
+        stop = self._unwanted[-1] if self._unwanted else None
+        last = first
+        while last + 1 < len(todo):
+            candidate = todo[last + 1]
+            if stop is not None and candidate.position > stop:
+                break
+            if self._taken(todo[last]) or self._taken(candidate):
+                break  # names inside a batch are the source's; only a single snapshot can be renamed on its way
+            last += 1
+        if stop is not None and todo[first].position > stop:
+            return first
+        return last
+
+    def _taken(self, version: Version) -> bool:
+        return self._names.get(version.name, version.guid) != version.guid
+
+    def _free_name(self, version: Version) -> str:
+        """The version's own name, or one derived from its guid where another version has that name on the target
+        (people rotate names like ``latest``): an occupied name is no reason to stop replicating."""
+        if not self._taken(version):
+            return version.name
+        identity = "".join(c for c in version.guid if c.isalnum())[:32]
+        stem = version.name.encode()[: MAX_SNAPSHOT_BYTES - 48].decode(errors="ignore").rstrip()
+        name, number = f"{stem}.{identity}", 1
+        while self._names.get(name, version.guid) != version.guid:
+            number += 1
+            name = f"{stem}.{identity}.{number}"
+        return name
