@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, tzinfo
 
 from backends.base import Backend
 from replicator import names, retention
@@ -48,10 +48,6 @@ from replicator.model import (
 from replicator.streams import Stream
 
 
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
-
-
 class VolumeLocks:
     """At most one writing operation of a volume at a time, in this process."""
 
@@ -82,6 +78,7 @@ class LocalEndpoint:
 
     :param node: this node's name
     :param backends: by storage name
+    :param zone: the time zone in which the hours, days and weeks of a retention policy begin
     :param minimum_keep: a retention policy that every prune is widened by; "" for none. Peers get a view that has the
         minimum which this node's configuration insists on (:meth:`with_minimum`).
     """
@@ -91,19 +88,19 @@ class LocalEndpoint:
         node: str,
         backends: Mapping[str, Backend],
         *,
-        clock: Callable[[], datetime] = _utc_now,
+        zone: tzinfo = UTC,
         minimum_keep: str = "",
         locks: VolumeLocks | None = None,
     ) -> None:
         self._node = names.check_node(node)
         self._backends = dict(backends)
-        self._clock = clock
+        self._zone = zone
         self._minimum_keep = minimum_keep
         self._locks = locks or VolumeLocks()
 
     def with_minimum(self, keep: str) -> LocalEndpoint:
         """The same node, where every prune also keeps what ``keep`` keeps."""
-        return LocalEndpoint(self._node, self._backends, clock=self._clock, minimum_keep=keep, locks=self._locks)
+        return LocalEndpoint(self._node, self._backends, zone=self._zone, minimum_keep=keep, locks=self._locks)
 
     @property
     def node(self) -> str:
@@ -267,17 +264,15 @@ class LocalEndpoint:
         """See :class:`~replicator.endpoint.Endpoint`."""
         backend = self._of(request.volume)
         state = self._existing(request.volume)
-        now = self._clock()
         policy = retention.parse(request.keep)
-        decisions = retention.apply(
-            state.versions, policy, now=now, protect=frozenset(request.protect), job=request.job
-        )
+        protect = frozenset(request.protect)
+        decisions = retention.apply(state.versions, policy, job=request.job, protect=protect, zone=self._zone)
         floor = {}
         if self._minimum_keep:
             minimum = retention.parse(self._minimum_keep)
             floor = {
                 d.version.guid: d.reason
-                for d in retention.apply(state.versions, minimum, now=now, protect=frozenset(), job=request.job)
+                for d in retention.apply(state.versions, minimum, job=request.job, zone=self._zone)
                 if d.keep
             }
         outcomes = []

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from replicator.cancellation import Cancellation
+from replicator.conflicts import Conflict, Route
 from replicator.endpoint import Endpoint, ReceiveMode, ReceiveRequest, SendRequest
 from replicator.errors import NoSuchVolume, ReplicatorError
 from replicator.model import Lineage, Progress, StreamKind, Version, VolumeId, VolumeState
-from replicator.planning import Conflict, Plan, SendPolicy, Step, plan, stale_holds
+from replicator.planning import Plan, SendPolicy, Step, plan, stale_holds
 from replicator.streams import KEY_SIZE, Chunk, ChunkStream, Stream
 from replicator.watchdog import Watchdog
 
@@ -202,7 +203,13 @@ class Replication:
                 hint="its replicas are kept; take it out of the job, or bring it back with `replicator restore`",
             )
         target = pair.target.state(pair.target_volume)
-        return plan(source, target, self._options.policy), source, target
+        route = Route.between(
+            pair.source_volume,
+            pair.source.storage(pair.source_volume.storage),
+            pair.target.node,
+            pair.target.storage(pair.target_volume.storage),
+        )
+        return plan(source, target, self._options.policy, route), source, target
 
     def run(self) -> Outcome:
         """Bring the target to the source's newest version.
@@ -237,7 +244,7 @@ class Replication:
             raise found.to_error()
         if found.abort_partial:
             pair.target.abort_receive(pair.target_volume)
-        newest = found.common
+        newest = found.common.source if found.common else None
         for step in found.steps:
             committed = self._transfer(step, lineage)
             self.outcome.steps += 1
@@ -278,7 +285,7 @@ class Replication:
                     pair.target_volume,
                     lineage,
                     step.target_base.ref if step.target_base else None,
-                    step.to,
+                    step.arriving,
                     key,
                     mode=ReceiveMode.REPLICA,
                     kind=stream.kind,
