@@ -1,0 +1,312 @@
+"""What an operator can ask of a node: the one interface behind the command line, the HTTP API and the page.
+
+:class:`Control` is implemented by :class:`replicator.engine.Engine` in the process that does the work, and by
+:class:`replicator.client.DaemonClient` over the daemon's Unix socket. The values here are what both return; they cross
+the socket as JSON (pydantic ``TypeAdapter`` over these dataclasses). All times are UTC, durations seconds, sizes bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Protocol
+
+from replicator.cancellation import Cancellation
+from replicator.endpoint import PruneOutcome, Range
+from replicator.model import Progress, Version
+from replicator.verification import Resync, Verification
+
+
+class State(StrEnum):
+    """How a replica is, most telling first."""
+
+    RUNNING = "running"
+    CONFLICT = "conflict"
+    FAILED = "failed"
+    LAGGING = "lagging"
+    NEVER = "never synced"
+    PAUSED = "paused"
+    OK = "ok"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """One row of ``status``: a volume of a job and one of its targets.
+
+    :ivar volume: as its job names it: ``STORAGE:NAME``, with ``NODE/`` before it for a pull job
+    :ivar lag: age of the newest snapshot that the target has complete; None when it has none (known)
+    :ivar objective: the job's max_lag
+    :ivar duration: of the last run that transferred or checked something
+    :ivar sent: bytes over the network in that run
+    :ivar failures: consecutive ones
+    :ivar message: what is wrong, and ``hint`` what to do; "" when all is well
+    """
+
+    job: str
+    volume: str
+    target: str
+    state: State
+    lag: float | None
+    objective: float | None
+    last_sync: datetime | None
+    next_sync: datetime | None
+    duration: float | None
+    done: int
+    sent: int
+    failures: int
+    paused: bool = False
+    snapshot: str = ""
+    message: str = ""
+    hint: str = ""
+    progress: Progress | None = None
+
+    @property
+    def misses_objective(self) -> bool:
+        """Whether the replica is further behind than the job allows."""
+        return self.objective is not None and (self.lag is None or self.lag > self.objective)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerStatus:
+    """A peer, as this node sees it. ``round_trip`` and ``clock_difference`` in seconds, None when not known."""
+
+    node: str
+    address: str
+    up: bool
+    round_trip: float | None = None
+    clock_difference: float | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """``status``: this node, its peers, its replicas. ``daemon``: whether one runs (else nothing is scheduled)."""
+
+    node: str
+    version: str
+    daemon: bool
+    now: datetime
+    replicas: tuple[ReplicaStatus, ...]
+    peers: tuple[PeerStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """One transfer that a run would make. ``size`` is an estimate of the changes, None when it is not known."""
+
+    base: str | None
+    to: str
+    size: int | None
+    resumes_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedReplica:
+    """What a run would do for one volume and target.
+
+    :ivar snapshot: whether the run takes a new snapshot first (its size is not known yet)
+    :ivar conflict: what stops it, "" if nothing; ``hint`` is the way out
+    """
+
+    job: str
+    volume: str
+    target: str
+    steps: tuple[PlannedStep, ...]
+    source_prunes: tuple[PruneOutcome, ...] = ()
+    target_prunes: tuple[PruneOutcome, ...] = ()
+    notes: tuple[str, ...] = ()
+    conflict: str = ""
+    conflict_kind: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """What a run did for one volume and target. ``outcome``: ok, failed, conflict, cancelled, skipped."""
+
+    job: str
+    volume: str
+    target: str
+    outcome: str
+    seconds: float
+    steps: int
+    done: int
+    sent: int
+    snapshot: str = ""
+    message: str = ""
+    hint: str = ""
+    code: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ResyncPreview:
+    """What a resync would do to one target before it asks for consent.
+
+    :ivar effects: sentences, each one thing that it will change on the target
+    """
+
+    volume: str
+    target: str
+    effects: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SideSnapshots:
+    """The snapshots of a volume on one side. ``node`` and ``volume`` say where; None versions: it does not exist."""
+
+    node: str
+    volume: str
+    role: str
+    epoch: int | None
+    versions: tuple[Version, ...] | None
+    partial: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """What a prune did (or would do) to one copy of a volume."""
+
+    node: str
+    volume: str
+    outcomes: tuple[PruneOutcome, ...]
+    message: str = ""
+
+
+class Level(StrEnum):
+    """How bad a finding of ``check`` is."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that ``check`` looked at."""
+
+    subject: str
+    level: Level
+    message: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryEntry:
+    """Something that happened."""
+
+    time: datetime
+    kind: str
+    job: str
+    volume: str
+    target: str
+    outcome: str
+    seconds: float | None
+    done: int
+    sent: int
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A new volume made from a snapshot. ``copied`` is 0 when it shares its data with the snapshot."""
+
+    volume: str
+    snapshot: str
+    source_node: str
+    size: int | None
+    copied: int
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something that long work says while it goes on, besides progress."""
+
+    message: str
+
+
+Happening = Progress | Note | RunReport | Verification | Resync
+Listener = Callable[[Happening], None]
+"""Called from the working threads, several at once; must not block."""
+
+
+class Control(Protocol):
+    """Everything an operator can ask. Methods raise errors of :mod:`replicator.errors`.
+
+    ``volume`` is ``STORAGE:NAME`` as in ``status``; ``target`` is ``NODE:STORAGE``; None means all of them.
+    Long work reports to ``listen`` and stops at a resumable point when ``cancel`` says so.
+    """
+
+    def status(self) -> Status:
+        """What every replica is like now."""
+
+    def plan(self, job: str | None) -> tuple[PlannedReplica, ...]:
+        """What a run would do now; changes nothing."""
+
+    def sync(
+        self, job: str, volume: str | None, target: str | None, listen: Listener, cancel: Cancellation
+    ) -> tuple[RunReport, ...]:
+        """Run a job now, whatever its schedule; failures are in the reports."""
+
+    def preview_resync(self, volume: str, target: str | None) -> tuple[ResyncPreview, ...]:
+        """What :meth:`resync` would change."""
+
+    def resync(self, volume: str, target: str | None, listen: Listener, cancel: Cancellation) -> tuple[Resync, ...]:
+        """Make replicas right again."""
+
+    def verify(
+        self,
+        volume: str,
+        target: str | None,
+        snapshot: str | None,
+        repair: bool,
+        listen: Listener,
+        cancel: Cancellation,
+    ) -> tuple[Verification, ...]:
+        """Compare replicas with their source, and mend them with ``repair``."""
+
+    def snapshots(self, volume: str) -> tuple[SideSnapshots, ...]:
+        """The snapshots of a volume on every side."""
+
+    def prune(self, job: str, dry_run: bool) -> tuple[PruneReport, ...]:
+        """Apply a job's retention now."""
+
+    def restore(self, snapshot: str, to: str, listen: Listener, cancel: Cancellation) -> Restored:
+        """``STORAGE:NAME@SNAPSHOT`` -> new volume ``STORAGE:NAME`` of this node, wherever the snapshot is."""
+
+    def history(self, limit: int) -> tuple[HistoryEntry, ...]:
+        """What happened, newest first."""
+
+    def pause(self, job: str) -> None:
+        """Let a job not run by itself any more, also after a restart."""
+
+    def resume(self, job: str) -> None:
+        """Let a paused job run by its schedule again."""
+
+    def check(self) -> tuple[Finding, ...]:
+        """Configuration, network, clocks, storages, peers and space."""
+
+
+__all__ = [
+    "Control",
+    "Finding",
+    "Happening",
+    "HistoryEntry",
+    "Level",
+    "Listener",
+    "Note",
+    "PeerStatus",
+    "PlannedReplica",
+    "PlannedStep",
+    "PruneReport",
+    "Range",
+    "ReplicaStatus",
+    "Restored",
+    "ResyncPreview",
+    "RunReport",
+    "SideSnapshots",
+    "State",
+    "Status",
+]
