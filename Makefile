@@ -1,0 +1,52 @@
+# make demo    the main job on this machine: two nodes, real changes, damage, repair, proof (under two minutes)
+# make test    format, lint, types, all tests (large counts sampled); under 30 minutes on two cores
+# make unit    the tests that run in seconds
+# make soak    the tests with the large counts in full
+# make bench   every subject beside its peers; the tables, and JSON in benchmarks/results/
+# make clean   remove what was built
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON := $(BIN)/python
+SOURCES := replicator backends scheduler transport tests benchmarks
+C_FILES := $(wildcard transport/*.c transport/*.h)
+
+.PHONY: demo test unit soak bench lint install clean
+.DEFAULT_GOAL := demo
+
+# From the distribution's Python, and seeing its packages: rados, rbd and pyzfs come only from there.
+$(VENV)/installed: pyproject.toml $(C_FILES)
+	.ci/packages build
+	[ -x $(PYTHON) ] || /usr/bin/python3 -m venv --system-site-packages $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	.ci/packages test
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
+	touch $@
+
+install: $(VENV)/installed
+
+demo: install
+	$(BIN)/replicator demo $(IMAGE)
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+
+unit: $(VENV)/installed-test
+	$(PYTHON) -m pytest -q tests/unit
+
+test: lint
+	$(PYTHON) -m pytest -q --durations=10
+
+soak: lint
+	$(PYTHON) -m pytest -q --durations=20 --timeout=3600 --soak
+
+bench: $(VENV)/installed-test
+	$(PYTHON) -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info transport/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
