@@ -1,0 +1,515 @@
+"""The engine: :class:`~replicator.control.Control` in the process that does the work.
+
+The daemon has one for as long as it runs; the command line makes one for a single command where no daemon runs. It
+adds nothing to what :mod:`replicator.runs`, :mod:`replicator.verification` and the endpoints can do: it finds the
+tasks that a request means, calls them, and says what came of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from typing import Protocol
+
+from replicator import verification
+from replicator.cancellation import Cancellation
+from replicator.config import Config
+from replicator.control import (
+    Finding,
+    HistoryEntry,
+    Listener,
+    Note,
+    PeerStatus,
+    PlannedReplica,
+    PlannedStep,
+    PruneReport,
+    ReplicaStatus,
+    Restored,
+    ResyncPreview,
+    RunReport,
+    SideSnapshots,
+    State,
+    Status,
+)
+from replicator.endpoint import Endpoint, PruneOutcome, PruneRequest
+from replicator.errors import NoSuchSnapshot, NoSuchVolume, ReplicatorError, UsageError
+from replicator.model import Progress, Version, VolumeId, VolumeState, snapshot_name
+from replicator.replication import Observer, Replication
+from replicator.restoring import Place, restore
+from replicator.runs import Network, Runner, Survey, Task
+from replicator.settings import Job
+from replicator.tracker import Replica, ReplicaKey
+from replicator.verification import Resync, Verification
+
+LOG = logging.getLogger(__name__)
+
+
+def program_version() -> str:
+    """This program's version."""
+    try:
+        return package_version("replicator")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+class Timetable(Protocol):
+    """What runs by itself, and when (see ``scheduler``)."""
+
+    def next_run(self, job: str) -> datetime | None:
+        """When the job runs next; None: not by itself."""
+
+    def paused(self, job: str) -> bool:
+        """Whether the operator paused it."""
+
+    def pause(self, job: str) -> None:
+        """Not by itself any more, durably."""
+
+    def resume(self, job: str) -> None:
+        """By itself again, durably."""
+
+
+class Nodes(Network, Protocol):
+    """The network, and what is known of the peers."""
+
+    def peers(self, *, probe: bool) -> tuple[PeerStatus, ...]:
+        """Every configured peer; with ``probe`` each is asked now."""
+
+
+class Memory(Protocol):
+    """What happened (see ``replicator.history``)."""
+
+    def entries(self, limit: int) -> tuple[HistoryEntry, ...]:
+        """Newest first."""
+
+    def recall(self, key: ReplicaKey) -> dict[str, object]:
+        """Fields of :class:`~replicator.tracker.Replica` as the history has them."""
+
+    def verified(self, result: Verification, job: str) -> None:
+        """A verification ended."""
+
+    def resynced(self, result: Resync, job: str) -> None:
+        """A resync ended."""
+
+
+class Engine:
+    """See :class:`~replicator.control.Control` for every method's contract."""
+
+    def __init__(
+        self,
+        config: Config,
+        nodes: Nodes,
+        runner: Runner,
+        timetable: Timetable,
+        memory: Memory,
+        *,
+        daemon: bool,
+        check: Callable[[], tuple[Finding, ...]],
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._config = config
+        self._nodes = nodes
+        self._runner = runner
+        self._tracker = runner.tracker
+        self._timetable = timetable
+        self._memory = memory
+        self._daemon = daemon
+        self._check = check
+        self._clock = clock
+
+    # -- finding what a request means
+
+    def _job(self, name: str) -> Job:
+        job = self._config.jobs.get(name)
+        if job is None:
+            known = ", ".join(sorted(self._config.jobs)) or "none"
+            raise UsageError(f"there is no job {name!r}", hint=f"the jobs of {self._config.path} are: {known}")
+        return job
+
+    def _jobs(self, name: str | None = None) -> tuple[Job, ...]:
+        return (self._job(name),) if name is not None else tuple(self._config.jobs.values())
+
+    def _tasks_of(self, volume: str, target: str | None) -> tuple[Task, ...]:
+        """The tasks of every job that replicates ``volume`` (to ``target``)."""
+        found: list[Task] = []
+        for job in self._jobs():
+            with suppress(NoSuchVolume, UsageError):
+                found.extend(self._runner.tasks(job, volume, target))
+        if not found:
+            where = f" to {target}" if target else ""
+            raise NoSuchVolume(
+                f"no job replicates a volume {volume}{where}",
+                hint="`replicator status` lists volumes and targets; add the volume to a job's source",
+            )
+        return tuple(found)
+
+    # -- status
+
+    def refresh(self) -> None:
+        """List all volumes and replicas anew. A job whose source does not answer keeps what was known."""
+        for job in self._jobs():
+            try:
+                tasks = self._runner.tasks(job)
+            except ReplicatorError as error:
+                LOG.warning("job %s: %s", job.name, error)
+                for replica in self._tracker.all():
+                    if replica.key.job == job.name:
+                        self._tracker.problem(replica.key, "failed", str(error), error.hint)
+                continue
+            for task in tasks:
+                if not self._tracker.get(task.key).last_run:
+                    self._tracker.recall(task.key, **self._memory.recall(task.key))
+                self._runner.survey(task)
+
+    def status(self) -> Status:
+        """See Control."""
+        if not self._daemon:
+            self.refresh()
+        return Status(
+            self._config.node.name,
+            program_version(),
+            self._daemon,
+            self._clock(),
+            tuple(self._row(replica) for replica in self._tracker.all()),
+            self._nodes.peers(probe=False),
+        )
+
+    def _row(self, replica: Replica) -> ReplicaStatus:
+        job = self._config.jobs.get(replica.key.job)
+        now = self._clock()
+        newest = replica.newest
+        lag = max(0.0, (now - newest.created).total_seconds()) if newest else None
+        objective = job.max_lag.total_seconds() if job is not None and job.max_lag else None
+        paused = self._timetable.paused(replica.key.job)
+        return ReplicaStatus(
+            replica.key.job,
+            replica.key.volume,
+            replica.key.target,
+            _state(replica, lag, objective, paused),
+            lag,
+            objective,
+            replica.last_sync,
+            self._timetable.next_run(replica.key.job),
+            replica.duration,
+            replica.done,
+            replica.sent,
+            replica.failures,
+            paused=paused,
+            snapshot=newest.name if newest else "",
+            message=replica.message,
+            hint=replica.hint,
+            progress=replica.progress,
+        )
+
+    # -- planning
+
+    def plan(self, job: str | None) -> tuple[PlannedReplica, ...]:
+        """See Control."""
+        return tuple(self._planned(task) for item in self._jobs(job) for task in self._runner.tasks(item))
+
+    def _planned(self, task: Task) -> PlannedReplica:
+        survey = self._runner.survey(task)
+        key = task.key
+        notes: tuple[str, ...] = (
+            f"first takes the snapshot {snapshot_name(key.job, self._clock()).rpartition('_')[0]}_<now>",
+        )
+        if survey.error is not None or survey.plan is None:
+            error = survey.error
+            kind = getattr(error, "kind", "") or (error.code if error else "")
+            return PlannedReplica(
+                key.job,
+                key.volume,
+                key.target,
+                (),
+                conflict=str(error),
+                conflict_kind=kind,
+                hint=error.hint if error else "",
+            )
+        if survey.plan.stale_resume is not None:
+            notes = (*notes, survey.plan.stale_resume.message)
+        steps = tuple(
+            PlannedStep(
+                step.base.name if step.base else None,
+                step.to.name,
+                size,
+                step.resume.offset if step.resume else None,
+            )
+            for step, size in zip(survey.plan.steps, survey.sizes, strict=True)
+        )
+        source, target = self._prunes(task, survey)
+        return PlannedReplica(key.job, key.volume, key.target, steps, source, target, notes)
+
+    def _prunes(self, task: Task, survey: Survey) -> tuple[tuple[PruneOutcome, ...], tuple[PruneOutcome, ...]]:
+        pair, common = task.pair, survey.common
+        request = PruneRequest(
+            pair.source_volume,
+            task.job.name,
+            task.job.keep.source,
+            (common.source.guid,) if common else (),
+            dry_run=True,
+        )
+        source = tuple(o for o in pair.source.prune(request) if not o.kept)
+        if common is None:
+            return source, ()
+        theirs = self._runner.target_prune_request(task, common.target.guid, dry_run=True)
+        return source, tuple(o for o in pair.target.prune(theirs) if not o.kept)
+
+    # -- running
+
+    def sync(
+        self, job: str, volume: str | None, target: str | None, listen: Listener, cancel: Cancellation
+    ) -> tuple[RunReport, ...]:
+        """See Control."""
+        return self._runner.run(self._job(job), volume, target, listen, cancel)
+
+    def preview_resync(self, volume: str, target: str | None) -> tuple[ResyncPreview, ...]:
+        """See Control."""
+        return tuple(
+            ResyncPreview(task.key.volume, task.key.target, tuple(self._effects(task)))
+            for task in self._tasks_of(volume, target)
+        )
+
+    def _effects(self, task: Task) -> Iterator[str]:
+        pair = task.pair
+        where = f"{pair.target.node}/{pair.target_volume}"
+        yield f"a new snapshot of {task.key.volume} is taken, and the replica is made equal to it"
+        state = pair.target.state(pair.target_volume)
+        if state is None or not (state.versions or state.head_changed):
+            yield f"{where} has nothing yet: everything is sent"
+            return
+        yield f"only blocks that differ from what is in {where} are sent"
+        lineage = pair.source.ensure_primary(pair.source_volume)
+        if state.head_changed:
+            yield f"live data of {where} is moved into a snapshot diverged-<time> there; it stops being writable"
+        if state.lineage is None or state.lineage.uuid != lineage.uuid:
+            yield f"{where} becomes a replica of {task.key.volume}; it is not one now"
+        elif state.lineage.role is not state.lineage.role.REPLICA:
+            yield f"{where} is a primary of its own now; it becomes a replica again"
+        if state.resume is not None:
+            yield f"the half-received {state.resume.to_name} is discarded"
+        yield "no snapshot of the target is destroyed"
+
+    def resync(self, volume: str, target: str | None, listen: Listener, cancel: Cancellation) -> tuple[Resync, ...]:
+        """See Control."""
+        return tuple(self._resync(task, listen, cancel) for task in self._tasks_of(volume, target))
+
+    def _resync(self, task: Task, listen: Listener, cancel: Cancellation) -> Resync:
+        pair, options = task.pair, self._runner.options(task)
+        with self._runner.exclusive(task, cancel):
+            failed = self._runner.snapshot(task.job, (pair.source_volume,), cancel)
+            if pair.source_volume in failed:
+                raise failed[pair.source_volume]
+            state = pair.target.state(pair.target_volume)
+            observer = _progress_to(listen, task)
+            if state is None or not (state.versions or state.head_changed):
+                result = self._full(task, state, observer, cancel)
+            else:
+                to = self._newest(task)
+                listen(Note(f"comparing {task.key.volume} with {task.key.target}"))
+                result = verification.resync(pair, to, options, observer=observer, cancel=cancel)
+                # Whatever is newer by now, and the holds of the runs before, are an ordinary run's work.
+                Replication(pair, options, observer=observer, cancel=cancel).run()
+        survey = self._runner.survey(task)
+        if survey.error is None:
+            self._runner.healed(task)
+        self._memory.resynced(result, task.job.name)
+        listen(result)
+        return result
+
+    def _full(self, task: Task, state: VolumeState | None, observer: Observer, cancel: Cancellation) -> Resync:
+        """Nothing to compare with: an ordinary first replication."""
+        pair = task.pair
+        if state is not None:
+            pair.target.adopt(pair.target_volume, pair.source.ensure_primary(pair.source_volume))
+        replication = Replication(pair, self._runner.options(task), observer=observer, cancel=cancel)
+        outcome = replication.run()
+        name = outcome.newest.name if outcome.newest else ""
+        return Resync(str(pair.source_volume), pair.target_text, name, 0, outcome.done, outcome.sent, ())
+
+    def _newest(self, task: Task) -> Version:
+        state = task.pair.source.state(task.pair.source_volume)
+        mine = [v for v in state.snapshots if v.job == task.job.name] if state else []
+        if not mine:
+            raise NoSuchSnapshot(f"{task.key.volume} has no snapshot of job {task.job.name}", hint="sync it first")
+        return max(mine, key=lambda v: v.position)
+
+    def verify(
+        self,
+        volume: str,
+        target: str | None,
+        snapshot: str | None,
+        repair: bool,
+        listen: Listener,
+        cancel: Cancellation,
+    ) -> tuple[Verification, ...]:
+        """See Control."""
+        results = []
+        for task in self._tasks_of(volume, target):
+            results.append(self._verify(task, snapshot, repair, listen, cancel))
+        return tuple(results)
+
+    def verify_job(self, job: str, cancel: Cancellation) -> tuple[Verification, ...]:
+        """Verify all replicas of a job, as its ``verify`` schedule wants; a failure of one does not stop the others."""
+        results = []
+        for task in self._runner.tasks(self._job(job)):
+            try:
+                results.append(self._verify(task, None, False, lambda _: None, cancel))
+            except ReplicatorError as error:
+                LOG.warning("verification of %s on %s failed: %s", task.key.volume, task.key.target, error)
+                self._tracker.problem(task.key, "failed", f"verification failed: {error}", error.hint)
+        return tuple(results)
+
+    def _verify(
+        self, task: Task, snapshot: str | None, repair: bool, listen: Listener, cancel: Cancellation
+    ) -> Verification:
+        options, observer = self._runner.options(task), _progress_to(listen, task)
+        with self._runner.exclusive(task, cancel):
+            found = verification.verify(task.pair, options, observer=observer, cancel=cancel, snapshot=snapshot)
+            if repair and not found.equal:
+                listen(Note(f"mending {found.range_count} ranges of {task.key.volume} on {task.key.target}"))
+                found = verification.repair(task.pair, found, options, observer=observer, cancel=cancel)
+        if not found.equal and not found.repaired:
+            self._tracker.problem(
+                task.key,
+                "failed",
+                f"the replica differs from its source in {found.range_count} ranges ({found.differing} bytes)",
+                f"replicator verify {task.key.volume} --target {task.key.target} --repair",
+            )
+        self._memory.verified(found, task.job.name)
+        listen(found)
+        return found
+
+    # -- snapshots
+
+    def snapshots(self, volume: str) -> tuple[SideSnapshots, ...]:
+        """See Control."""
+        places: dict[tuple[str, VolumeId], Endpoint] = {}
+        with suppress(NoSuchVolume):
+            for task in self._tasks_of(volume, None):
+                pair = task.pair
+                places.setdefault((pair.source.node, pair.source_volume), pair.source)
+                places.setdefault((pair.target.node, pair.target_volume), pair.target)
+        if not places:
+            own = self._nodes.endpoint(self._nodes.node)
+            places[own.node, VolumeId.parse(volume)] = own
+        sides = tuple(self._side(endpoint, where) for (_, where), endpoint in places.items())
+        if all(side.versions is None and not side.message for side in sides):
+            raise NoSuchVolume(f"there is no volume {volume}", hint="`replicator status` lists the volumes of each job")
+        return sides
+
+    def _side(self, endpoint: Endpoint, volume: VolumeId) -> SideSnapshots:
+        try:
+            state = endpoint.state(volume)
+        except ReplicatorError as error:
+            return SideSnapshots(endpoint.node, str(volume), "", None, None, message=str(error))
+        if state is None:
+            return SideSnapshots(endpoint.node, str(volume), "", None, None)
+        partial = f"{state.resume.to_name} at byte {state.resume.offset}" if state.resume else ""
+        lineage = state.lineage
+        return SideSnapshots(
+            endpoint.node,
+            str(volume),
+            str(lineage.role) if lineage else "",
+            lineage.epoch if lineage else None,
+            state.versions,
+            partial,
+            "somebody wrote to it: it has live data that no snapshot has" if state.head_changed else "",
+        )
+
+    def prune(self, job: str, dry_run: bool) -> tuple[PruneReport, ...]:
+        """See Control."""
+        item = self._job(job)
+        by_volume: dict[VolumeId, list[Task]] = {}
+        for task in self._runner.tasks(item):
+            by_volume.setdefault(task.pair.source_volume, []).append(task)
+        reports = []
+        for volume, tasks in by_volume.items():
+            request = self._runner.source_prune_request(item, volume, tasks, dry_run=dry_run)
+            reports.append(_pruned(tasks[0].pair.source, request))
+            for task in tasks:
+                try:
+                    common = self._runner.survey(task, sizes=False).common
+                    theirs = self._runner.target_prune_request(
+                        task, common.target.guid if common else None, dry_run=dry_run
+                    )
+                    if task.pair.target.state(task.pair.target_volume) is None:
+                        continue
+                except ReplicatorError as error:
+                    where = task.pair
+                    reports.append(PruneReport(where.target.node, str(where.target_volume), (), str(error)))
+                    continue
+                reports.append(_pruned(task.pair.target, theirs))
+        return tuple(reports)
+
+    def restore(self, snapshot: str, to: str, listen: Listener, cancel: Cancellation) -> Restored:
+        """See Control."""
+        text, at, name = snapshot.rpartition("@")
+        if not at:
+            raise UsageError(f"{snapshot!r} names no snapshot", hint="write it as STORAGE:NAME@SNAPSHOT")
+        new = VolumeId.parse(to)
+        own = self._nodes.endpoint(self._nodes.node)
+        places: list[Place] = []
+        with suppress(UsageError, ReplicatorError):
+            places.append(Place(own, VolumeId.parse(text)))
+        with suppress(NoSuchVolume):
+            for task in self._tasks_of(text, None):
+                pair = task.pair
+                places.append(Place(pair.source, pair.source_volume))
+                places.append(Place(pair.target, pair.target_volume))
+
+        def observe(progress: Progress) -> None:
+            listen(progress)
+
+        return restore(tuple(dict.fromkeys(places)), name, own, new, observer=observe, cancel=cancel)
+
+    # -- the rest
+
+    def history(self, limit: int) -> tuple[HistoryEntry, ...]:
+        """See Control."""
+        return self._memory.entries(limit)
+
+    def pause(self, job: str) -> None:
+        """See Control."""
+        self._timetable.pause(self._job(job).name)
+
+    def resume(self, job: str) -> None:
+        """See Control."""
+        self._timetable.resume(self._job(job).name)
+
+    def check(self) -> tuple[Finding, ...]:
+        """See Control."""
+        return self._check()
+
+
+def _pruned(endpoint: Endpoint, request: PruneRequest) -> PruneReport:
+    try:
+        return PruneReport(endpoint.node, str(request.volume), endpoint.prune(request))
+    except ReplicatorError as error:
+        return PruneReport(endpoint.node, str(request.volume), (), str(error))
+
+
+def _progress_to(listen: Listener, task: Task) -> Observer:
+    def observe(progress: Progress) -> None:
+        listen(replace(progress, volume=task.key.volume))
+
+    return observe
+
+
+def _state(replica: Replica, lag: float | None, objective: float | None, paused: bool) -> State:
+    if replica.progress is not None:
+        return State.RUNNING
+    if replica.outcome == "conflict":
+        return State.CONFLICT
+    if replica.outcome == "failed":
+        return State.FAILED
+    if paused:
+        return State.PAUSED
+    if replica.newest is None:
+        return State.NEVER
+    if objective is not None and lag is not None and lag > objective:
+        return State.LAGGING
+    return State.OK

@@ -1,0 +1,93 @@
+"""Brings a snapshot back as a new volume of this node, from whichever copy has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from replicator.cancellation import Cancellation
+from replicator.control import Restored
+from replicator.endpoint import Endpoint, ReceiveMode, ReceiveRequest, SendRequest
+from replicator.errors import NoSuchSnapshot, ReplicatorError, Unsupported, VolumeBusy
+from replicator.model import Version, VolumeId
+from replicator.planning import SendPolicy
+from replicator.replication import Meter, ObservedStream, Observer, Options, Outcome, Pair, new_key
+from replicator.watchdog import Watchdog
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A copy of the volume that may have the snapshot."""
+
+    endpoint: Endpoint
+    volume: VolumeId
+
+
+def restore(
+    places: Sequence[Place], snapshot: str, own: Endpoint, new: VolumeId, *, observer: Observer, cancel: Cancellation
+) -> Restored:
+    """Make ``new`` on ``own`` from the first place that has ``snapshot`` (a name or a guid); near places come first.
+
+    Shares the data with the snapshot where the storage can, else copies it. Nothing that exists is touched.
+
+    :raises NoSuchSnapshot: no place that answers has it; the hint names those that did not answer
+    :raises VolumeBusy: ``new`` exists
+    """
+    if own.state(new) is not None:
+        raise VolumeBusy(f"volume {new} exists on node {own.node}", hint="name a volume that does not exist yet")
+    place, version = _find(places, snapshot)
+    if place.endpoint is own and place.volume.storage == new.storage:
+        try:
+            info = own.clone(place.volume, version.ref, new)
+        except Unsupported:
+            pass  # then it is copied
+        else:
+            return Restored(str(new), version.name, own.node, info.size, 0)
+    tag = "replicator:restore"
+    place.endpoint.hold(place.volume, version.ref, tag)
+    try:
+        copied = _copy(place, version, own, new, observer, cancel)
+    finally:
+        place.endpoint.release(place.volume, version.ref, tag)
+    return Restored(str(new), version.name, place.endpoint.node, version.size, copied)
+
+
+def _find(places: Sequence[Place], snapshot: str) -> tuple[Place, Version]:
+    silent = []
+    for place in places:
+        try:
+            state = place.endpoint.state(place.volume)
+        except ReplicatorError as error:
+            silent.append(f"{place.endpoint.node} did not answer ({error})")
+            continue
+        version = state.find(snapshot) if state is not None else None
+        if state is not None and version in state.snapshots and version is not None:
+            return place, version
+    looked = ", ".join(f"{place.endpoint.node}/{place.volume}" for place in places) or "nowhere"
+    raise NoSuchSnapshot(
+        f"snapshot {snapshot!r} was not found; looked in {looked}",
+        hint="; ".join(silent) or "`replicator snapshots VOLUME` lists what there is",
+    )
+
+
+def _copy(
+    place: Place, version: Version, own: Endpoint, new: VolumeId, observer: Observer, cancel: Cancellation
+) -> int:
+    pair = Pair(place.endpoint, place.volume, own, new, "replicator:restore")
+    options = Options(SendPolicy())
+    outcome = Outcome()
+    key = new_key()
+    with cancel.child() as part:
+        watchdog = Watchdog(part)
+        with (
+            watchdog.watching("the source prepared the stream", options.limits.prepare),
+            place.endpoint.send(SendRequest(place.volume, None, version.ref, key), part) as stream,
+        ):
+            meter = Meter(pair, f"restoring {version.name}", total=stream.estimate, observer=observer, outcome=outcome)
+            request = ReceiveRequest(
+                new, None, None, version, key, mode=ReceiveMode.RESTORE, kind=stream.kind, resume=None
+            )
+            with ObservedStream(stream, meter, watchdog, options, part) as chunks:
+                own.receive(request, chunks, part)
+            meter.finish()
+    return outcome.done
