@@ -7,6 +7,7 @@ excludes; it may leave out the storage. Case matters. All functions are pure.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -86,6 +87,11 @@ class Glob:
             else:
                 tokens.append(_One(((character, character),)))
         object.__setattr__(self, "_tokens", tuple(tokens))
+
+    @property
+    def prefix(self) -> str:
+        """What every matching name begins with."""
+        return re.split(r"[*?\[]", self.text, maxsplit=1)[0]
 
     def start(self) -> frozenset[int]:
         """The state before the first character: positions in the pattern that may be next."""

@@ -1,0 +1,223 @@
+"""The tables of replicator.toml as frozen, typed values.
+
+Each class is one table of the file. A field's description is the remedy that is shown when it is missing or wrong.
+What one table alone can tell is checked here; what needs several tables is in :mod:`replicator.config_checks`;
+reading the file and reporting on it in :mod:`replicator.config`.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Literal
+from zoneinfo import ZoneInfo
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+from replicator.planning import Intermediates
+from replicator.selection import included_storages
+from replicator.setting_types import (
+    DEFAULT_HTTP_PORT,
+    AbsolutePath,
+    Address,
+    Argv,
+    ClusterNetwork,
+    Dataset,
+    Devices,
+    Duration,
+    HttpAddress,
+    KeepText,
+    NodeName,
+    Patterns,
+    PeerAddress,
+    Rate,
+    StorageNames,
+    Targets,
+    TimeZone,
+    Word,
+    as_source,
+)
+
+DEFAULT_STATE_DIR = Path("/var/lib/replicator")
+DEFAULT_SCHEDULE = "*/15"
+DEFAULT_KEEP_SOURCE = "last=3"
+DEFAULT_KEEP_TARGET = "last=24 hourly=48 daily=14 weekly=8 monthly=12"
+
+_DURATION = 'write a number and its unit, for example "30s" or "1h30min"'
+_KEEP = 'write for example "last=24 daily=14"'
+_NAMES = 'write a list of storages of this node, for example ["backup"]'
+
+
+class Table(BaseModel):
+    """What all tables have in common: unknown keys are refused, and nothing is converted behind one's back."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
+
+
+class Node(Table):
+    """``[node]``: this node."""
+
+    name: NodeName = Field(description='write its host name, for example "prox1"')
+    state_dir: AbsolutePath = Field(DEFAULT_STATE_DIR, description='write for example "/var/lib/replicator"')
+
+
+class Network(Table):
+    """``[network]``: where this node listens and dials."""
+
+    cluster: ClusterNetwork = Field(description='write the cluster network, for example "10.99.0.0/24"')
+    listen: PeerAddress = Field(
+        description='write this node\'s address on the cluster network, such as "10.99.0.1:8571"'
+    )
+    http: HttpAddress = Field(
+        Address(ip_address("127.0.0.1"), DEFAULT_HTTP_PORT),
+        description='write for example "127.0.0.1:9571", or "" for none',
+    )
+
+
+class ImageStorage(Table):
+    """``[storage.X] kind = "image"``: raw disk images in a directory; ``devices`` are sources only."""
+
+    name: str
+    kind: Literal["image"]
+    path: AbsolutePath = Field(description='write the directory of the images, for example "/var/lib/images"')
+    devices: Devices = Field(default_factory=dict, description='write for example {"vm-100" = "/dev/vg0/vm-100"}')
+
+
+class ZfsStorage(Table):
+    """``[storage.X] kind = "zfs"``: the datasets and zvols below ``root``."""
+
+    name: str
+    kind: Literal["zfs"]
+    root: Dataset = Field(description='write the dataset that holds the volumes, for example "tank/vm"')
+
+
+class RbdStorage(Table):
+    """``[storage.X] kind = "rbd"``: the images of a Ceph pool."""
+
+    name: str
+    kind: Literal["rbd"]
+    pool: Word = Field(description='write the pool, for example "rbd"')
+    namespace: Word | None = Field(None, description="write the name of an RBD namespace")
+    conffile: AbsolutePath = Field(Path("/etc/ceph/ceph.conf"), description='write for example "/etc/ceph/ceph.conf"')
+    user: Word = Field("admin", description='write the user without "client.", for example "admin"')
+    keyring: AbsolutePath | None = Field(None, description='write for example "/etc/ceph/ceph.client.admin.keyring"')
+
+
+Storage = ImageStorage | ZfsStorage | RbdStorage
+STORAGE_KINDS: dict[str, type[ImageStorage | ZfsStorage | RbdStorage]] = {
+    "image": ImageStorage,
+    "zfs": ZfsStorage,
+    "rbd": RbdStorage,
+}
+
+
+class Peer(Table):
+    """``[peer.X]``: another node, and what it may do here.
+
+    :ivar may_push_to: storages of ours that it may write replicas into, below its own name
+    :ivar may_pull_from: storages of ours that it may read
+    :ivar keep: the least that this node keeps of what the peer replicates here, whatever the peer's job says
+    """
+
+    name: str
+    address: PeerAddress = Field(description='write its address on the cluster network, for example "10.99.0.2:8571"')
+    may_push_to: StorageNames = Field((), description=_NAMES)
+    may_pull_from: StorageNames = Field((), description=_NAMES)
+    keep: KeepText | None = Field(None, description=_KEEP)
+
+
+class Source(Table):
+    """What a job replicates.
+
+    :ivar node: this node, or the one to pull from
+    :ivar volumes: patterns, for :func:`replicator.selection.select`
+    """
+
+    node: NodeName = Field(description="write the node to pull from")
+    volumes: Patterns = Field(description='write STORAGE:GLOB, for example "tank:*" or ["tank:*", "!tank:*-swap"]')
+
+    @property
+    def storages(self) -> list[str]:
+        """The storages of ``node`` that have included volumes."""
+        return included_storages(self.volumes)
+
+
+class Keep(Table):
+    """``keep`` of a job: retention policies, see :mod:`replicator.retention`."""
+
+    source: KeepText = Field(DEFAULT_KEEP_SOURCE, description=_KEEP)
+    target: KeepText = Field(DEFAULT_KEEP_TARGET, description=_KEEP)
+
+
+class Quiesce(Table):
+    """``quiesce`` of a job: what makes the data on the volume consistent while the snapshot is taken.
+
+    :ivar timeout: for each of the two commands
+    """
+
+    before: Argv = Field(description='write a command as a list, for example ["fsfreeze", "-f", "/srv"]')
+    after: Argv = Field(description='write a command as a list, for example ["fsfreeze", "-u", "/srv"]')
+    timeout: Duration = Field(timedelta(seconds=10), description=_DURATION)
+
+
+class Job(Table):
+    """``[job.X]``: what is replicated where, when, and what is kept.
+
+    :ivar max_lag: the objective; None: the lag is only reported
+    :ivar rate_limit: bytes per second; None: unlimited
+    :ivar verify: schedule of verifications; None: only by hand
+    """
+
+    name: str
+    source: Annotated[Source, as_source] = Field(
+        description='write for example "tank:*", or {node = "prox2", volumes = "tank:*"} to pull'
+    )
+    targets: Targets = Field(description='write a list of NODE:STORAGE, for example ["prox2:backup"]')
+    schedule: str = Field(DEFAULT_SCHEDULE, description='write for example "*/15", "21:30" or "30s"')
+    timezone: TimeZone | None = Field(None, description='write for example "Europe/Vienna"')
+    keep: Keep = Field(Keep(source=DEFAULT_KEEP_SOURCE, target=DEFAULT_KEEP_TARGET), description=_KEEP)
+    max_lag: Duration | None = Field(None, description=_DURATION)
+    rate_limit: Rate | None = Field(None, description='write for example "200MiB/s"')
+    verify: str | None = Field(None, description='write a schedule, for example "sun 03:00"')
+    quiesce: Quiesce | None = Field(
+        None, description='write for example {before = ["fsfreeze", "-f", "/srv"], after = ["fsfreeze", "-u", "/srv"]}'
+    )
+    intermediates: Annotated[Intermediates, Strict(False)] = Field(
+        Intermediates.NEWEST, description='write "newest" or "all"'
+    )
+    compress: Literal["auto", "never"] = Field("auto", description='write "auto" or "never"')
+    enabled: bool = Field(True, description="write true or false, without quotes")
+
+    @property
+    def zone(self) -> ZoneInfo | None:
+        """The time zone of the schedules; None for this machine's."""
+        return None if self.timezone is None else ZoneInfo(self.timezone)
+
+
+class Limits(Table):
+    """``[limits]``: of this node.
+
+    :ivar transfers: at once, all targets together
+    :ivar transfers_per_target: at once to or from one node
+    :ivar stall_timeout: a transfer whose byte counter stands still that long is cancelled and retried
+    :ivar connect_timeout: for a connection including the TLS handshake
+    :ivar rate_limit: bytes per second of all transfers together; None: unlimited
+    :ivar keep_history: runs and events older than this leave the history
+    """
+
+    transfers: int = Field(4, ge=1, le=64, description="write a number from 1 to 64")
+    transfers_per_target: int = Field(2, ge=1, le=64, description="write a number from 1 to 64")
+    stall_timeout: Duration = Field(timedelta(minutes=2), description=_DURATION)
+    connect_timeout: Duration = Field(timedelta(seconds=10), description=_DURATION)
+    rate_limit: Rate | None = Field(None, description='write for example "200MiB/s"')
+    keep_history: Duration = Field(timedelta(days=90), description=_DURATION)
+
+
+class Log(Table):
+    """``[log]``: how the daemon logs."""
+
+    format: Literal["text", "json"] = Field("text", description='write "text" (key=value) or "json"')
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description='write "debug", "info", "warning" or "error"'
+    )
