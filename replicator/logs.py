@@ -35,18 +35,18 @@ Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["text", "json"]
 
 
-def event(
-    logger: logging.Logger, level: Level, message: str, /, *, error: BaseException | None = None, **fields: object
-) -> None:
+def event(logger: logging.Logger, level: Level | int, message: str, /, **fields: object) -> None:
     """Log an event.
 
+    :param level: by name, or a number of the standard library's
     :param message: what happened, always the same words for the same thing; what varies is in the fields
-    :param error: logged with its code, message and hint where it has them
-    :param fields: text, numbers, booleans, times (UTC), durations (become seconds); None is left out
+    :param fields: text, numbers, booleans, times (UTC), durations (become seconds); None is left out; an exception as
+        ``error`` becomes its code, message and hint
     """
-    number = _LEVELS[level]
+    number = _LEVELS[level] if isinstance(level, str) else level
     if logger.isEnabledFor(number):
-        if error is not None:
+        error = fields.get("error")
+        if isinstance(error, BaseException):
             fields = {
                 **fields,
                 "error": getattr(error, "code", type(error).__name__),

@@ -34,7 +34,7 @@ def _restore() -> Iterator[None]:
 def written(format: logs.Format, **fields: object) -> str:
     stream = io.StringIO()
     logs.setup(format, "info", stream)
-    logs.event(LOGGER, "info", "transfer finished", **fields)  # type: ignore[arg-type]
+    logs.event(LOGGER, "info", "transfer finished", **fields)
     return stream.getvalue()
 
 
@@ -83,12 +83,14 @@ def test_errors() -> None:
     logs.setup("text", "info", stream)
     logs.event(LOGGER, "error", "run failed", error=NoSpace("storage is full", hint="make room"), job="vms")
     assert 'event="run failed" job=vms error=no_space message="storage is full" hint="make room"' in stream.getvalue()
+    logs.event(LOGGER, logging.WARNING, "odd", error="plain words")
+    assert stream.getvalue().endswith('level=warning logger=replicator.test event=odd error="plain words"\n')
     try:
         raise ValueError("a\nb")
     except ValueError:
         LOGGER.exception("surprise")
     last = stream.getvalue().splitlines()[-1]
-    assert stream.getvalue().count("\n") == 2
+    assert stream.getvalue().count("\n") == 3
     assert 'exception="Traceback (most recent call last):\\n' in last
 
 
