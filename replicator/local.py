@@ -28,9 +28,7 @@ from replicator.endpoint import (
 from replicator.errors import (
     ConflictError,
     NoSuchVolume,
-    NotAReplica,
     ReplicatorError,
-    StaleEpoch,
     StorageUnavailable,
     UsageError,
     VolumeBusy,
@@ -45,6 +43,7 @@ from replicator.model import (
     VolumeInfo,
     VolumeState,
 )
+from replicator.roles import check_may_receive, stale_epoch
 from replicator.streams import Stream
 
 
@@ -247,7 +246,7 @@ class LocalEndpoint:
         with self._locks.writing(volume, "making it a replica"):
             current = self._existing(volume).lineage
             if current is not None and current.uuid == lineage.uuid and current.epoch > lineage.epoch:
-                raise _stale_epoch(volume, current, lineage)
+                raise stale_epoch(volume, current, lineage)
             replica = Lineage(lineage.uuid, Role.REPLICA, lineage.epoch)
             if current != replica:
                 self._of(volume).set_lineage(volume.name, replica)
@@ -296,29 +295,3 @@ class LocalEndpoint:
         """Close every backend."""
         for backend in self._backends.values():
             backend.close()
-
-
-def _stale_epoch(volume: VolumeId, mine: Lineage, theirs: Lineage) -> StaleEpoch:
-    return StaleEpoch(
-        f"volume {volume} is at epoch {mine.epoch}, the sender only at epoch {theirs.epoch}: it was superseded",
-        hint="the sender is no longer the primary; find the node that was promoted before you go on",
-    )
-
-
-def check_may_receive(volume: VolumeId, state: VolumeState | None, sender: Lineage) -> None:
-    """Whether a volume may take data of ``sender``: nothing there yet, or a replica of the same lineage and epoch.
-
-    :raises NotAReplica, StaleEpoch:
-    """
-    if state is None:
-        return
-    mine = state.lineage
-    resolve = "`replicator resync` keeps what is there aside and makes it a replica"
-    if mine is None:
-        raise NotAReplica(f"volume {volume} exists on the target and is not a replica of ours", hint=resolve)
-    if mine.uuid != sender.uuid:
-        raise NotAReplica(f"volume {volume} is of another lineage ({mine.uuid}, not {sender.uuid})", hint=resolve)
-    if mine.epoch > sender.epoch:
-        raise _stale_epoch(volume, mine, sender)
-    if mine.role is not Role.REPLICA:
-        raise NotAReplica(f"volume {volume} is a primary on the target (epoch {mine.epoch})", hint=resolve)
