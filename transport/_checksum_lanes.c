@@ -13,25 +13,39 @@
 #define IV2 0x3C6EF372u
 #define IV3 0xA54FF53Au
 
-/* Half a round, on four columns or four diagonals; step by step, so that the four overlap. */
-#define MIX(s, m, a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3, x0, x1, x2, x3, y0, y1, y2, y3) \
-    s[a0] += m[x0], s[a1] += m[x1], s[a2] += m[x2], s[a3] += m[x3];                                               \
-    s[a0] += s[b0], s[a1] += s[b1], s[a2] += s[b2], s[a3] += s[b3];                                               \
-    s[d0] ^= s[a0], s[d1] ^= s[a1], s[d2] ^= s[a2], s[d3] ^= s[a3];                                               \
-    s[d0] = ROTATE_16(s[d0]), s[d1] = ROTATE_16(s[d1]), s[d2] = ROTATE_16(s[d2]), s[d3] = ROTATE_16(s[d3]);       \
-    s[c0] += s[d0], s[c1] += s[d1], s[c2] += s[d2], s[c3] += s[d3];                                               \
-    s[b0] ^= s[c0], s[b1] ^= s[c1], s[b2] ^= s[c2], s[b3] ^= s[c3];                                               \
-    s[b0] = ROTATE(s[b0], 12), s[b1] = ROTATE(s[b1], 12), s[b2] = ROTATE(s[b2], 12), s[b3] = ROTATE(s[b3], 12);   \
-    s[a0] += m[y0], s[a1] += m[y1], s[a2] += m[y2], s[a3] += m[y3];                                               \
-    s[a0] += s[b0], s[a1] += s[b1], s[a2] += s[b2], s[a3] += s[b3];                                               \
-    s[d0] ^= s[a0], s[d1] ^= s[a1], s[d2] ^= s[a2], s[d3] ^= s[a3];                                               \
-    s[d0] = ROTATE_8(s[d0]), s[d1] = ROTATE_8(s[d1]), s[d2] = ROTATE_8(s[d2]), s[d3] = ROTATE_8(s[d3]);           \
-    s[c0] += s[d0], s[c1] += s[d1], s[c2] += s[d2], s[c3] += s[d3];                                               \
-    s[b0] ^= s[c0], s[b1] ^= s[c1], s[b2] ^= s[c2], s[b3] ^= s[c3];                                               \
+/* Half a round, on four columns or four diagonals that do not depend on each other. In step, all four advance together,
+ * which suits 32 registers; one by one, the processor overlaps them as far as it looks ahead, and 16 registers are less
+ * of a shortage. */
+#define IN_STEP(s, m, a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3, x0, x1, x2, x3, y0, y1, y2, y3) \
+    s[a0] += m[x0], s[a1] += m[x1], s[a2] += m[x2], s[a3] += m[x3];                                                  \
+    s[a0] += s[b0], s[a1] += s[b1], s[a2] += s[b2], s[a3] += s[b3];                                                  \
+    s[d0] ^= s[a0], s[d1] ^= s[a1], s[d2] ^= s[a2], s[d3] ^= s[a3];                                                  \
+    s[d0] = ROTATE_16(s[d0]), s[d1] = ROTATE_16(s[d1]), s[d2] = ROTATE_16(s[d2]), s[d3] = ROTATE_16(s[d3]);          \
+    s[c0] += s[d0], s[c1] += s[d1], s[c2] += s[d2], s[c3] += s[d3];                                                  \
+    s[b0] ^= s[c0], s[b1] ^= s[c1], s[b2] ^= s[c2], s[b3] ^= s[c3];                                                  \
+    s[b0] = ROTATE(s[b0], 12), s[b1] = ROTATE(s[b1], 12), s[b2] = ROTATE(s[b2], 12), s[b3] = ROTATE(s[b3], 12);      \
+    s[a0] += m[y0], s[a1] += m[y1], s[a2] += m[y2], s[a3] += m[y3];                                                  \
+    s[a0] += s[b0], s[a1] += s[b1], s[a2] += s[b2], s[a3] += s[b3];                                                  \
+    s[d0] ^= s[a0], s[d1] ^= s[a1], s[d2] ^= s[a2], s[d3] ^= s[a3];                                                  \
+    s[d0] = ROTATE_8(s[d0]), s[d1] = ROTATE_8(s[d1]), s[d2] = ROTATE_8(s[d2]), s[d3] = ROTATE_8(s[d3]);              \
+    s[c0] += s[d0], s[c1] += s[d1], s[c2] += s[d2], s[c3] += s[d3];                                                  \
+    s[b0] ^= s[c0], s[b1] ^= s[c1], s[b2] ^= s[c2], s[b3] ^= s[c3];                                                  \
     s[b0] = ROTATE(s[b0], 7), s[b1] = ROTATE(s[b1], 7), s[b2] = ROTATE(s[b2], 7), s[b3] = ROTATE(s[b3], 7);
 
-#define ROUND(s, m, i0, i1, i2, i3, i4, i5, i6, i7, i8, i9, i10, i11, i12, i13, i14, i15)                          \
-    MIX(s, m, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, i0, i2, i4, i6, i1, i3, i5, i7)                \
+#define QUARTER(s, m, a, b, c, d, x, y)                                                            \
+    s[a] += m[x], s[a] += s[b], s[d] ^= s[a], s[d] = ROTATE_16(s[d]);                              \
+    s[c] += s[d], s[b] ^= s[c], s[b] = ROTATE(s[b], 12);                                           \
+    s[a] += m[y], s[a] += s[b], s[d] ^= s[a], s[d] = ROTATE_8(s[d]);                               \
+    s[c] += s[d], s[b] ^= s[c], s[b] = ROTATE(s[b], 7);
+
+#define ONE_BY_ONE(s, m, a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3, x0, x1, x2, x3, y0, y1, y2, y3) \
+    QUARTER(s, m, a0, b0, c0, d0, x0, y0)                                                                               \
+    QUARTER(s, m, a1, b1, c1, d1, x1, y1)                                                                               \
+    QUARTER(s, m, a2, b2, c2, d2, x2, y2)                                                                               \
+    QUARTER(s, m, a3, b3, c3, d3, x3, y3)
+
+#define ROUND(s, m, i0, i1, i2, i3, i4, i5, i6, i7, i8, i9, i10, i11, i12, i13, i14, i15)           \
+    MIX(s, m, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, i0, i2, i4, i6, i1, i3, i5, i7) \
     MIX(s, m, 0, 1, 2, 3, 5, 6, 7, 4, 10, 11, 8, 9, 15, 12, 13, 14, i8, i10, i12, i14, i9, i11, i13, i15)
 
 /* Table 2 of the paper, applied again for each round after the first. */
@@ -47,6 +61,7 @@
 #define ROTATE(x, n) (((x) >> (n)) | ((x) << (32 - (n))))
 #define ROTATE_16(x) ROTATE(x, 16)
 #define ROTATE_8(x) ROTATE(x, 8)
+#define MIX ONE_BY_ONE
 
 static inline uint32_t load_word(const uint8_t *data) {
     return (uint32_t)data[0] | (uint32_t)data[1] << 8 | (uint32_t)data[2] << 16 | (uint32_t)data[3] << 24;
@@ -99,7 +114,6 @@ static void hash_batch_portable(const struct batch *batch) {
 
 typedef uint32_t quad __attribute__((vector_size(16)));
 typedef quad quad_unaligned __attribute__((aligned(1), may_alias));
-typedef uint32_t octet __attribute__((vector_size(32)));
 #define load_quad(data) ((quad) * (const quad_unaligned *)(data))
 
 /* Where no instruction rotates words, one that moves bytes about does it for whole bytes. */
@@ -144,6 +158,13 @@ static void hash_batch_lanes4(const struct batch *batch) { hash_some4(batch, 0);
 
 #ifdef HAVE_X86
 
+#include <immintrin.h>
+
+/* Pieces side by side. gcc 12 makes a shuffle of each of these when they are written as vector types. */
+#define LOAD(piece) _mm_loadu_si128((const __m128i *)(piece))
+#define JOIN2(a, b) _mm256_inserti128_si256(_mm256_castsi128_si256(LOAD(a)), LOAD(b), 1)
+#define JOIN4(a, b, c, d) _mm512_inserti64x4(_mm512_castsi256_si512(JOIN2(a, b)), JOIN2(c, d), 1)
+
 #undef ROTATE_16
 #undef ROTATE_8
 #define ROTATE_16(x) SHUFFLE8(x, TURNED_16)
@@ -160,6 +181,8 @@ static void hash_batch_lanes4(const struct batch *batch) { hash_some4(batch, 0);
 #undef ROTATE_8
 #define ROTATE_16(x) ROTATE(x, 16)
 #define ROTATE_8(x) ROTATE(x, 8)
+#undef MIX
+#define MIX IN_STEP
 #define LANES 16
 #define NAME(x) x##16
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
