@@ -81,7 +81,7 @@ def test_any_value_is_one_line(value: str, format: logs.Format) -> None:
 def test_errors() -> None:
     stream = io.StringIO()
     logs.setup("text", "info", stream)
-    logs.event(LOGGER, "error", "run failed", error=NoSpace("storage is full", hint="make room"), job="vms")
+    logs.event(LOGGER, "error", "run failed", job="vms", error=NoSpace("storage is full", hint="make room"))
     assert 'event="run failed" job=vms error=no_space message="storage is full" hint="make room"' in stream.getvalue()
     logs.event(LOGGER, logging.WARNING, "odd", error="plain words")
     assert stream.getvalue().endswith('level=warning logger=replicator.test event=odd error="plain words"\n')
