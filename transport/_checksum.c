@@ -69,6 +69,15 @@ static int overlaps(const Py_buffer *a, const Py_buffer *b) {
     return a_start < b_start + (size_t)b->len && b_start < a_start + (size_t)a->len;
 }
 
+/* An output argument's buffer. */
+static int get_output(const char *name, PyObject *object, Py_buffer *output) {
+    if (PyObject_GetBuffer(object, output, PyBUF_WRITABLE) == 0)
+        return 0;
+    if (PyErr_ExceptionMatches(PyExc_BufferError))
+        PyErr_Format(PyExc_BufferError, "%s must be writable and contiguous", name);
+    return -1;
+}
+
 /* Room for `blocks` entries of `each` bytes in an output that lies apart from the data. */
 static int check_output(const char *name, const Py_buffer *output, const Py_buffer *data, Py_ssize_t blocks,
                         Py_ssize_t each) {
@@ -127,23 +136,24 @@ PyDoc_STRVAR(digest_blocks_into_doc,
              "Returns the number of blocks.");
 
 static PyObject *py_digest_blocks_into(PyObject *Py_UNUSED(module), PyObject *args) {
-    Py_buffer data, key, digests, zeros = {.buf = NULL};
-    PyObject *zeros_object, *result = NULL;
+    Py_buffer data, key, digests = {.obj = NULL}, zeros = {.obj = NULL};
+    PyObject *digests_object, *zeros_object, *result = NULL;
     Py_ssize_t block_size, digest_size;
     const char *name = NULL;
-    if (!PyArg_ParseTuple(args, "y*y*w*Onn|z:digest_blocks_into", &data, &key, &digests, &zeros_object, &block_size,
-                          &digest_size, &name))
+    if (!PyArg_ParseTuple(args, "y*y*OOnn|z:digest_blocks_into", &data, &key, &digests_object, &zeros_object,
+                          &block_size, &digest_size, &name))
         return NULL;
     const struct implementation *chosen = choose(name);
     if (chosen == NULL || check_key(&key) != 0 || check_block_size(block_size) != 0 ||
         check_digest_size(digest_size) != 0)
         goto done;
-    if (zeros_object != Py_None && PyObject_GetBuffer(zeros_object, &zeros, PyBUF_WRITABLE) != 0)
+    const int with_zeros = zeros_object != Py_None;
+    if (get_output("digests", digests_object, &digests) != 0 ||
+        (with_zeros && get_output("zeros", zeros_object, &zeros) != 0))
         goto done;
     const Py_ssize_t blocks = count_blocks(data.len, block_size);
-    if (check_output("digests", &digests, &data, blocks, digest_size) != 0)
-        goto done;
-    if (zeros.buf != NULL && check_output("zeros", &zeros, &data, blocks, 1) != 0)
+    if (check_output("digests", &digests, &data, blocks, digest_size) != 0 ||
+        (with_zeros && check_output("zeros", &zeros, &data, blocks, 1) != 0))
         goto done;
     const struct digest_request request = {
         .implementation = chosen,
@@ -153,14 +163,13 @@ static PyObject *py_digest_blocks_into(PyObject *Py_UNUSED(module), PyObject *ar
         .key = key.buf,
         .digests = digests.buf,
         .digest_size = (size_t)digest_size,
-        .zeros = zeros.buf,
+        .zeros = with_zeros ? zeros.buf : NULL,
     };
     int failed;
     WITHOUT_GIL(data.len, failed = blake3_digest_blocks(&request));
     result = failed ? PyErr_NoMemory() : PyLong_FromSsize_t(blocks);
 done:
-    if (zeros.obj != NULL)
-        PyBuffer_Release(&zeros);
+    PyBuffer_Release(&zeros); /* nothing, where there is none */
     PyBuffer_Release(&digests);
     PyBuffer_Release(&key);
     PyBuffer_Release(&data);
@@ -221,14 +230,14 @@ PyDoc_STRVAR(zero_map_doc, "zero_map($module, data, block_size, zeros, implement
                            "Returns the number of blocks.");
 
 static PyObject *py_zero_map(PyObject *Py_UNUSED(module), PyObject *args) {
-    Py_buffer data, zeros;
-    PyObject *result = NULL;
+    Py_buffer data, zeros = {.obj = NULL};
+    PyObject *zeros_object, *result = NULL;
     Py_ssize_t block_size;
     const char *name = NULL;
-    if (!PyArg_ParseTuple(args, "y*nw*|z:zero_map", &data, &block_size, &zeros, &name))
+    if (!PyArg_ParseTuple(args, "y*nO|z:zero_map", &data, &block_size, &zeros_object, &name))
         return NULL;
     const struct implementation *chosen = choose(name);
-    if (chosen == NULL || check_block_size(block_size) != 0)
+    if (chosen == NULL || check_block_size(block_size) != 0 || get_output("zeros", zeros_object, &zeros) != 0)
         goto done;
     const Py_ssize_t blocks = count_blocks(data.len, block_size);
     if (check_output("zeros", &zeros, &data, blocks, 1) != 0)

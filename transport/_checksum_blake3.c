@@ -1,9 +1,9 @@
 /* Keyed BLAKE3 of many blocks: the tree above the compression function, with full lanes at every level of it.
  *
  * https://github.com/BLAKE3-team/BLAKE3-specs, section 2.1: chunks of 1024 bytes are the leaves, parents join two
- * chaining values, the left subtree being the largest power of two of chunks that leaves something to the right. That tree
- * comes out of joining neighbours level by level, an odd one at the end moving up unchanged. The chunks of several blocks
- * are hashed in one go, and so are the parents, so that small blocks too fill all lanes.
+ * chaining values, the left subtree being the largest power of two of chunks that leaves something to the right. That
+ * tree comes out of joining neighbours level by level, an odd one at the end moving up unchanged. The chunks of several
+ * blocks are hashed in one go, and so are the parents, so that small blocks too fill all lanes.
  */
 #include "_checksum.h"
 

@@ -38,10 +38,11 @@
     s[a] += m[y], s[a] += s[b], s[d] ^= s[a], s[d] = ROTATE_8(s[d]);                               \
     s[c] += s[d], s[b] ^= s[c], s[b] = ROTATE(s[b], 7);
 
-#define ONE_BY_ONE(s, m, a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3, x0, x1, x2, x3, y0, y1, y2, y3) \
-    QUARTER(s, m, a0, b0, c0, d0, x0, y0)                                                                               \
-    QUARTER(s, m, a1, b1, c1, d1, x1, y1)                                                                               \
-    QUARTER(s, m, a2, b2, c2, d2, x2, y2)                                                                               \
+#define ONE_BY_ONE(s, m, a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3, x0, x1, x2, x3, y0, y1, \
+                   y2, y3)                                                                                       \
+    QUARTER(s, m, a0, b0, c0, d0, x0, y0)                                                                        \
+    QUARTER(s, m, a1, b1, c1, d1, x1, y1)                                                                        \
+    QUARTER(s, m, a2, b2, c2, d2, x2, y2)                                                                        \
     QUARTER(s, m, a3, b3, c3, d3, x3, y3)
 
 #define ROUND(s, m, i0, i1, i2, i3, i4, i5, i6, i7, i8, i9, i10, i11, i12, i13, i14, i15)           \

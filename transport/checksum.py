@@ -84,7 +84,7 @@ def digest_blocks(
     """
     view = memoryview(data)
     # Sizes out of range are refused below, in the same words as everywhere.
-    digests = bytearray(block_count(view.nbytes, max(block_size, 1)) * digest_size)
+    digests = bytearray(block_count(view.nbytes, max(block_size, 1)) * max(digest_size, 0))
     _checksum.digest_blocks_into(view, key, digests, None, block_size, digest_size, implementation)
     return bytes(digests)
 
@@ -106,7 +106,7 @@ def digest_blocks_into(
     other; what lies behind the last block is left alone in both.
 
     Raises ValueError if the key has not 32 bytes, a size is out of range, an output is too small or shares memory with
-    ``data``; TypeError or BufferError if an output is read-only or a buffer is not contiguous.
+    ``data``; BufferError if an output is read-only or a buffer is not contiguous.
     """
     return _checksum.digest_blocks_into(data, key, digests, zeros, block_size, digest_size, implementation)
 
@@ -126,7 +126,8 @@ def keyed_digest(key: Buffer, *parts: Buffer, implementation: str | None = None)
 def zero_map(data: Buffer, zeros: Buffer, *, block_size: int = BLOCK_SIZE, implementation: str | None = None) -> int:
     """Write 1 for each block of nothing but zeros and 0 for each other into ``zeros``; return the number of blocks.
 
-    Raises ValueError if ``block_size`` is out of range, or ``zeros`` has fewer bytes than ``data`` has blocks.
+    Raises ValueError if ``block_size`` is out of range, or ``zeros`` has fewer bytes than ``data`` has blocks or shares
+    memory with it; BufferError if ``zeros`` is read-only or a buffer is not contiguous.
     """
     return _checksum.zero_map(data, block_size, zeros, implementation)
 
