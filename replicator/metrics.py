@@ -182,7 +182,10 @@ class Metrics:
     def transfer_progress(self, job: str, volume: str, target: str, rate: float | None) -> None:
         """A transfer is under way, at ``rate`` bytes of changes per second; None: it is not any more."""
         with self._lock:
-            self._store.replica(job, volume, target).rate = rate
+            if rate is not None:
+                self._store.replica(job, volume, target).rate = rate
+            elif (job, volume, target) in self._store.replicas:  # one that was forgotten stays so
+                self._store.replicas[job, volume, target].rate = None
 
     def verified(self, job: str, volume: str, target: str, *, checked_bytes: int, mismatched_bytes: int) -> None:
         """A verification ended."""

@@ -188,6 +188,7 @@ def test_series_of_a_volume_that_is_gone_disappear() -> None:
     metrics = filled()
     assert b"tank:vm-1" in metrics.render()
     metrics.forget(*KEY)
+    metrics.transfer_progress(*KEY, None)
     assert b"tank:vm-1" not in metrics.render()
     assert value(metrics, "replicator_replicated_bytes_total", ROUTE) == 1000
 
