@@ -29,10 +29,17 @@ class Backend(Protocol):
     :ivar kind: ``image``, ``zfs``, ``rbd``, ``memory``
     """
 
-    name: str
-    kind: str
-    stream: StreamKind
-    capabilities: Capability
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def stream(self) -> StreamKind: ...
+
+    @property
+    def capabilities(self) -> Capability: ...
 
     def info(self) -> StorageInfo:
         """Size, free space, what it can do and what an operator should know.

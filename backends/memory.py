@@ -331,8 +331,11 @@ class MemoryBackend:
         """See :class:`~backends.base.Backend`."""
         names.check_snapshot(name)
         with self._lock:
-            state, found = self.state(volume), self._volume(volume)
-            own = found.lineage is None or found.lineage.role is Role.PRIMARY or (state and state.head_changed)
+            state = self.state(volume)
+            if state is None:
+                return None
+            found = self._volume(volume)
+            own = found.lineage is None or found.lineage.role is Role.PRIMARY or state.head_changed
             kept = None
             if own and found.head is not None:
                 kept = self._take(volume, name, self._clock()).ref
@@ -469,12 +472,13 @@ class MemoryBackend:
         volume = self._volumes.setdefault(name, _Volume())
         if request.resume is not None:
             found = volume.partial.resume if volume.partial else None
-            if volume.partial is None or found != request.resume:
+            if volume.partial is None or found is None or not _continues(request.resume, found):
                 raise StaleResume(
                     f"{request.volume} has no partial state of {request.to.name} that ends at {request.resume.offset}",
                     hint="plan again",
                 )
             _check_resume(request.resume, request.base, request.to.ref)
+            volume.partial.offset = request.resume.offset
             return volume.partial
         if request.mode is not ReceiveMode.RESTORE and request.lineage is not None:
             volume.lineage = replace(request.lineage, role=Role.REPLICA)
@@ -529,6 +533,11 @@ def _newest_data(volume: _Volume) -> bytes:
 def _next_position(volume: _Volume) -> int:
     newest = max((s.version.position for s in volume.stored), default=0)
     return (newest // _POSITION_STEP + 1) * _POSITION_STEP
+
+
+def _continues(resume: ResumeState, found: ResumeState) -> bool:
+    """Whether a stream for ``resume`` continues what is there. It may begin earlier: then some is done again."""
+    return resume.offset <= found.offset and replace(resume, offset=found.offset, to_name=found.to_name) == found
 
 
 def _check_resume(resume: ResumeState, base: VersionRef | None, to: VersionRef) -> None:
