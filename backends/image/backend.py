@@ -115,10 +115,15 @@ class ImageBackend:
         self._layout.require()
         found = []
         with self._context.errors("listing the volumes"):
-            for volume in self._layout.listing([]):
-                state = self._state(volume)
-                if state is not None:
-                    found.append(VolumeInfo(state.id, state.size, state.lineage))
+            names_found = self._layout.listing([])
+        for volume in names_found:
+            try:
+                state = self.state(volume)
+            except ReplicatorError:  # one that is damaged hides no other; whoever asks for it is told
+                found.append(VolumeInfo(VolumeId(self.name, volume), None, None))
+                continue
+            if state is not None:
+                found.append(VolumeInfo(state.id, state.size, state.lineage))
         return tuple(found)
 
     def state(self, volume: str) -> VolumeState | None:
@@ -164,6 +169,7 @@ class ImageBackend:
 
     def hold(self, volume: str, version: VersionRef, tag: str) -> None:
         """See :class:`~backends.base.Backend`."""
+        names.check_tag(tag)
         with self._context.errors(f"holding {version.name}"):
             catalog = self._context.catalog(volume)
             catalog.require(version)
@@ -172,6 +178,7 @@ class ImageBackend:
 
     def release(self, volume: str, version: VersionRef, tag: str) -> None:
         """See :class:`~backends.base.Backend`."""
+        names.check_tag(tag)
         with self._context.errors(f"releasing {version.name}"):
             catalog = self._context.catalog(volume)
             if catalog.find(version) is not None:

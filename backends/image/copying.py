@@ -133,10 +133,8 @@ def copy_digesting(
             for start, stop in _nonzero_runs(window.zeros):
                 begin = window.offset + start * BLOCK_SIZE
                 end = min(window.offset + stop * BLOCK_SIZE, window.offset + window.length)
-                # Holes smaller than a block stay holes as well. What was written after it was read is left to the next.
-                for offset, length in data_segments(source.fd, begin, end):
-                    part = view[offset - window.offset : offset - window.offset + length]
-                    files.write_at(target, part, offset)
+                for first, last in _data_runs(source, window, begin, end):
+                    files.write_at(target, view[first - window.offset : last - window.offset], first)
 
 
 def _nonzero_runs(zeros: bytes) -> Iterator[tuple[int, int]]:
@@ -145,6 +143,19 @@ def _nonzero_runs(zeros: bytes) -> Iterator[tuple[int, int]]:
         stop = zeros.find(1, start)
         yield start, stop if stop >= 0 else len(zeros)
         start = zeros.find(0, stop) if stop >= 0 else -1
+
+
+def _data_runs(source: Image, window: Window, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """The parts of a range of a window to write: all of it, or all but pieces of zeros where the source has holes, so
+    that holes smaller than a block stay holes. Decided by the bytes that were read and digested: an image in use may
+    have other holes by now."""
+    whole = next(data_segments(source.fd, begin, end), None)
+    if whole == (begin, end - begin):
+        yield begin, end
+        return
+    base = window.offset
+    for first, last in _differing_runs(window.data[begin - base : end - base], bytes(end - begin)):
+        yield begin + first, begin + last
 
 
 def write_digests(
@@ -198,7 +209,7 @@ def copy_changes(files: Files, target: int, source: Image, base: Image, cancel: 
                 files.write_at(target, memoryview(data)[start:stop], offset + start)
 
 
-def _differing_runs(data: bytes, old: bytes) -> Iterator[tuple[int, int]]:
+def _differing_runs(data: bytes | bytearray, old: bytes) -> Iterator[tuple[int, int]]:
     begin: int | None = None
     for start in range(0, len(data), PIECE):
         differs = data[start : start + PIECE] != old[start : start + PIECE]

@@ -19,6 +19,7 @@ from backends.image import linux
 FILE_MODE = 0o600
 SNAPSHOT_MODE = 0o400
 DIRECTORY_MODE = 0o700
+LIVE_DIRECTORY_MODE = 0o755
 
 
 class Files:
@@ -33,6 +34,10 @@ class Files:
     def make_directory(self, path: Path) -> None:
         """A new directory for us alone."""
         path.mkdir(DIRECTORY_MODE)
+
+    def make_directory_at(self, name: str, folder: int) -> None:
+        """A new directory for live images, in an open one."""
+        os.mkdir(name, LIVE_DIRECTORY_MODE, dir_fd=folder)
 
     def write_all(self, fd: int, data: bytes) -> None:
         """Write a small file's whole contents."""

@@ -6,6 +6,7 @@ link anywhere, so no name and no link leads out of the storage's directory.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from backends.image.durable import DIRECTORY_MODE, FILE_MODE, Files
+from backends.image.durable import Files
 from backends.image.failures import unavailable
 from replicator import names
 from replicator.errors import InvalidName, NoSuchVolume, StorageError
@@ -115,11 +116,9 @@ class Layout:
             os.close(folder)
 
     def _make_folder(self, name: str, folder: int) -> None:
-        try:
-            os.mkdir(name, DIRECTORY_MODE | 0o055, dir_fd=folder)
-        except FileExistsError:
-            return
-        self._files.sync(folder)
+        with contextlib.suppress(FileExistsError):
+            self._files.make_directory_at(name, folder)
+            self._files.sync(folder)
 
     def _open_at(self, volume: str, name: str, folder: int, flags: int) -> int:
         try:
@@ -303,6 +302,3 @@ def _entries(folder: Path, warnings: list[str]) -> list[os.DirEntry[str]]:
     except OSError as error:
         warnings.append(f"{_shown(str(folder))} cannot be listed: {error.strerror}")
         return []
-
-
-__all__ = ["FILE_MODE", "PRIVATE", "Layout", "Live", "live_of"]

@@ -19,6 +19,7 @@ from backends.image.reading import Image, snapshot_shrunk
 from backends.image.receiving import ChunkWriter, Target, TouchedBlocks
 from backends.image.records import Meta, Pending
 from backends.image.source import kept_digests
+from replicator import names
 from replicator.cancellation import Cancellation
 from replicator.endpoint import ReceiveMode, ReceiveRequest
 from replicator.errors import SnapshotExists, StaleResume, Unsupported, UsageError, VolumeBusy
@@ -30,6 +31,11 @@ from replicator.streams import KEY_SIZE, MAX_VOLUME_SIZE, Stream
 def receive(context: Context, request: ReceiveRequest, stream: Stream, cancel: Cancellation) -> Version:
     """See :meth:`replicator.endpoint.Endpoint.receive`."""
     name = request.volume.name
+    names.check_snapshot(request.to.name)
+    if request.aside:
+        names.check_snapshot(request.aside)
+    if request.hold:
+        names.check_tag(request.hold)
     size = request.to.size
     if size is None or not 0 <= size <= MAX_VOLUME_SIZE:
         raise UsageError(f"a block stream for {request.volume} comes without a usable size ({size})", hint="")
@@ -167,6 +173,7 @@ class _Receive:
         fits = (
             state is not None
             and not self._partial.published
+            and resume.kind is StreamKind.BLOCKS
             and state.pending.mode is self._request.mode
             and (state.pending.to_guid, state.pending.base_guid) == (self._request.to.guid, base_guid)
             and state.pending.size == self._size
