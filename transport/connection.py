@@ -1,0 +1,557 @@
+"""A connection between two nodes: frames over TLS, heartbeats, deadlines, one request at a time.
+
+A thread of its own reads: it answers heartbeats, sends ours, notices when the peer falls silent, and hands every other
+frame to whoever uses the connection, through a short queue, so that decryption and storage work at the same time and
+memory stays bounded. A connection that saw an error is closed and not used again.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from replicator.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    ProtocolError,
+    ReplicatorError,
+    rebuild_error,
+)
+from replicator.streams import Buffer
+from transport.checksum import crc32c
+from transport.frames import (
+    CAPS,
+    CONTROL_PIECE,
+    FLAG_COMPRESSED,
+    FLAG_MORE,
+    SUSPICIOUS,
+    VERSION,
+    BufferPool,
+    Frame,
+    FrameDecoder,
+    FrameType,
+    encode_header,
+)
+from transport.tls import TlsChannel
+
+QUEUED_FRAMES = 4
+"""Frames read ahead of their consumer."""
+FEATURES = ("zstd",)
+_PING = struct.Struct("<q")
+_PONG = struct.Struct("<qqq")
+_SAMPLES = 8
+"""Heartbeats of which the quickest tells round trip and clock difference, as NTP's clock filter does (RFC 5905, 10)."""
+
+_COMMON = {FrameType.ERROR, FrameType.PING, FrameType.PONG, FrameType.GOODBYE}
+FROM_CLIENT = frozenset({*_COMMON, FrameType.REQUEST, FrameType.DATA, FrameType.BLOCKS, FrameType.END})
+FROM_SERVER = frozenset(
+    {
+        *_COMMON,
+        FrameType.RESPONSE,
+        FrameType.DATA,
+        FrameType.BLOCKS,
+        FrameType.DIGESTS,
+        FrameType.END,
+        FrameType.COMMITTED,
+    }
+)
+BEFORE_HELLO = frozenset({FrameType.HELLO, FrameType.ERROR})
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Bounds of every wait of a connection, in seconds.
+
+    :ivar handshake: from accept() or connect() until both have said HELLO
+    :ivar heartbeat: between two of ours
+    :ivar silence: without any byte of the peer while we read
+    :ivar send: until the peer takes another byte; a slow storage behind it may hold it back for so long
+    :ivar answer: until an answer begins; the peer lives (heartbeats), but its storage takes long
+    :ivar idle: without a request, on the server
+    """
+
+    handshake: float = 10.0
+    heartbeat: float = 5.0
+    silence: float = 30.0
+    send: float = 600.0
+    answer: float = 3600.0
+    idle: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a node says of itself first."""
+
+    node: str
+    version: int = VERSION
+    features: tuple[str, ...] = FEATURES
+
+    def encode(self) -> bytes:
+        """As JSON."""
+        return json.dumps({"version": self.version, "node": self.node, "features": list(self.features)}).encode()
+
+    @classmethod
+    def decode(cls, data: Buffer) -> Hello:
+        """:raises ProtocolError: not a hello, or of another version"""
+        try:
+            facts = json.loads(bytes(data))
+            node, version, features = facts["node"], facts["version"], facts["features"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ProtocolError("the peer's hello cannot be read", hint=SUSPICIOUS) from None
+        good = isinstance(node, str) and isinstance(features, list) and all(isinstance(f, str) for f in features)
+        if not good or not isinstance(version, int):
+            raise ProtocolError("the peer's hello has values of wrong types", hint=SUSPICIOUS)
+        if version != VERSION:
+            raise ProtocolError(
+                f"node {node[:80]} speaks version {version} of the protocol, this one version {VERSION}",
+                hint="install the same version of replicator on both nodes",
+            )
+        return cls(node, version, tuple(features))
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What heartbeats tell of the way to a peer, in seconds.
+
+    :ivar round_trip: there and back
+    :ivar clock_difference: the peer's clock less ours
+    """
+
+    round_trip: float
+    clock_difference: float
+
+
+def encode_error(error: ReplicatorError) -> bytes:
+    """An ERROR payload; long texts are cut to fit."""
+    facts = {"code": error.code, "message": error.message[:4000], "hint": error.hint[:1500]}
+    data = json.dumps(facts, ensure_ascii=False).encode("utf-8", "replace")
+    if len(data) > CAPS[FrameType.ERROR]:
+        data = json.dumps({"code": error.code, "message": error.message[:500], "hint": ""}).encode()
+    return data
+
+
+def decode_error(payload: Buffer, peer: str) -> ReplicatorError:
+    """The error that a peer sent; anything unreadable is a ProtocolError."""
+    try:
+        facts = json.loads(bytes(payload))
+        code, message, hint = (str(facts[key]) for key in ("code", "message", "hint"))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ProtocolError(f"node {peer} sent an error that cannot be read", hint=SUSPICIOUS)
+    return rebuild_error(code, message, hint)
+
+
+def _ignore(error: ReplicatorError) -> None:
+    pass
+
+
+class Connection:
+    """An established connection.
+
+    Requests and their streams belong to one thread at a time; ``abort`` to any.
+
+    :param channel: after its handshake
+    :param peer: the node at the other end, by its verified certificate
+    :param accept: the frames that may come from it
+    """
+
+    def __init__(
+        self,
+        channel: TlsChannel,
+        peer: str,
+        *,
+        accept: frozenset[FrameType],
+        deadlines: Deadlines,
+        wall_clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.peer = peer
+        self.deadlines = deadlines
+        self.features: tuple[str, ...] = ()
+        self._channel = channel
+        self._accept = accept
+        self._wall_clock = wall_clock
+        self._decoder = FrameDecoder(BEFORE_HELLO, BufferPool())
+        self._inbox: queue.Queue[Frame | None] = queue.Queue(QUEUED_FRAMES)
+        self._write = threading.Lock()
+        self._sequence = 0
+        self._stream = 0
+        self._pongs: list[bytes] = []
+        self._pinged = 0
+        self._links: list[Link] = []
+        self._error: ReplicatorError | None = None
+        self._aborted: ReplicatorError | None = None
+        self._goodbye = False
+        self._discard = False
+        self._peer_error: ReplicatorError | None = None
+        self._reader: threading.Thread | None = None
+        self.on_end: Callable[[ReplicatorError], None] = _ignore
+        """Called once, in any thread, when the connection ends; must not block."""
+
+    # -- beginning
+
+    def greet(self, node: str, deadline: float, *, check: Callable[[Hello], None] | None = None) -> None:
+        """Say HELLO, hear the peer's before ``deadline`` (time.monotonic), and begin to read.
+
+        The name in a hello is for people; it must be the certificate's, which alone counts.
+
+        :raises ProtocolError, DeadlineExceeded, ConnectionLost: or the error that the peer sent instead
+        """
+        self.send(FrameType.HELLO, (Hello(node).encode(),))
+        frame = self._read_frame(deadline)
+        if frame.type is FrameType.ERROR:
+            raise decode_error(frame.payload, self.peer)
+        hello = Hello.decode(frame.payload)
+        if hello.node != self.peer:
+            raise ProtocolError(f"a node with the certificate of {self.peer} says it is {hello.node[:80]}", hint="")
+        if check is not None:
+            check(hello)
+        self.features = hello.features
+        self._decoder.accept = self._accept
+        self._reader = threading.Thread(target=self._run, name=f"read-{self.peer}", daemon=True)
+        self._reader.start()
+
+    def _read_frame(self, deadline: float) -> Frame:
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise DeadlineExceeded(f"node {self.peer} did not say hello in time", hint="see its log")
+            count = self._channel.recv_into(self._decoder.wanted(), left)
+            if not count:
+                raise ConnectionLost(f"node {self.peer} closed the connection", hint="see its log")
+            frame = self._decoder.advance(count)
+            if frame is not None:
+                return frame
+
+    # -- the reading thread
+
+    def _run(self) -> None:
+        try:
+            self._read_all()
+        except ReplicatorError as error:
+            self._fail(error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody may wait for this thread for ever
+            self._fail(
+                ConnectionLost(f"reading from node {self.peer} failed: {error!r}", hint="this is a bug; see the log")
+            )
+
+    def _read_all(self) -> None:
+        deadlines = self.deadlines
+        heard = ticked = time.monotonic()
+        decoder, channel = self._decoder, self._channel
+        self._tick()
+        while True:
+            now = time.monotonic()
+            if now - ticked >= deadlines.heartbeat:
+                self._tick()
+                ticked = now
+            try:
+                wait = min(ticked + deadlines.heartbeat, heard + deadlines.silence) - now
+                count = channel.recv_into(decoder.wanted(), wait)
+            except DeadlineExceeded:
+                if time.monotonic() - heard >= deadlines.silence:
+                    raise ConnectionLost(
+                        f"node {self.peer} has been silent for {deadlines.silence:.0f} s",
+                        hint="check that it runs and that the cluster network is up; it is tried again",
+                    ) from None
+                continue
+            if not count:
+                if self._goodbye:
+                    raise ConnectionLost(
+                        f"node {self.peer} said goodbye", hint="it is shutting down or idle; try again"
+                    )
+                raise ConnectionLost(f"node {self.peer} closed the connection", hint="see its log; it is tried again")
+            frame = decoder.advance(count)
+            if frame is None:
+                heard = now
+                continue
+            if not self._handle(frame):
+                ticked = self._deliver(frame, ticked)
+            heard = time.monotonic()
+
+    def _handle(self, frame: Frame) -> bool:
+        """Deal with what is not for the consumer; whether that was it."""
+        if frame.type is FrameType.PING:
+            self._check_size(frame, _PING.size)
+            received = self._wall_clock()
+            self._pongs = [*self._pongs[-3:], bytes(frame.payload) + _PING.pack(received)]
+            self._send_pending()
+        elif frame.type is FrameType.PONG:
+            self._check_size(frame, _PONG.size)
+            self._learn(*_PONG.unpack(frame.payload))
+        elif frame.type is FrameType.GOODBYE:
+            self._goodbye = True
+        elif self._discard:
+            frame.release()
+        else:
+            if frame.type is FrameType.ERROR:
+                self._peer_error = decode_error(frame.payload, self.peer)
+            return False
+        return True
+
+    @staticmethod
+    def _check_size(frame: Frame, size: int) -> None:
+        if len(frame.payload) != size:
+            raise ProtocolError(
+                f"a {frame.type.name} frame has {len(frame.payload)} bytes, not {size}", hint=SUSPICIOUS
+            )
+
+    def _deliver(self, frame: Frame, ticked: float) -> float:
+        while True:
+            try:
+                self._inbox.put(frame, timeout=self.deadlines.heartbeat)
+            except queue.Full:  # its consumer is slow; tell the peer that we are alive
+                if self._error is not None:
+                    raise self._error from None
+                if self._discard:
+                    frame.release()
+                    return ticked
+                self._tick()
+                ticked = time.monotonic()
+            else:
+                return ticked
+
+    def _tick(self) -> None:
+        self._pinged = self._wall_clock()
+        self._try_send(FrameType.PING, _PING.pack(self._pinged))
+        self._send_pending()
+
+    def _send_pending(self) -> None:
+        while self._pongs:
+            pong = self._pongs[0]
+            if not self._try_send(FrameType.PONG, pong + _PING.pack(self._wall_clock())):
+                return  # somebody is sending, which is as good a sign of life; the next tick tries again
+            with suppress(ValueError):
+                self._pongs.remove(pong)
+
+    def _learn(self, sent: int, received: int, answered: int) -> None:
+        if sent != self._pinged:
+            return
+        now = self._wall_clock()
+        round_trip = (now - sent) - (answered - received)
+        if round_trip < 0 or round_trip > self.deadlines.silence * 1e9:
+            return  # a clock was set meanwhile
+        difference = ((received - sent) + (answered - now)) / 2
+        self._links = [*self._links[1 - _SAMPLES :], Link(round_trip / 1e9, difference / 1e9)]
+
+    @property
+    def link(self) -> Link | None:
+        """Of the last heartbeats the quickest, None before the first was answered."""
+        return min(self._links, key=lambda link: link.round_trip, default=None)
+
+    def _fail(self, error: ReplicatorError) -> None:
+        first = self._error is None
+        if first:
+            self._error = error
+        self._channel.abort(error)
+        with suppress(queue.Full):
+            self._inbox.put_nowait(None)
+        if first:
+            self.on_end(error)
+
+    # -- sending
+
+    def _header(
+        self, kind: FrameType, parts: Sequence[Buffer], stream: int, flags: int, plain: tuple[int, int] | None
+    ) -> tuple[bytes, int]:
+        length = sum(len(part) for part in parts)
+        if plain is None:
+            crc = 0
+            for part in parts:
+                crc = crc32c(part, crc)
+            plain = (length, crc)
+        header = encode_header(
+            kind, length=length, plain=plain[0], crc=plain[1], stream=stream, sequence=self._sequence, flags=flags
+        )
+        return header, len(header) + length
+
+    def _send_locked(self, header: bytes, parts: Sequence[Buffer], timeout: float) -> None:
+        self._sequence += 1
+        small = b"".join((header, *parts[:-1])) if parts else header
+        if parts and len(parts[-1]) <= 4096:
+            self._channel.send((small + bytes(parts[-1]),), timeout)
+        else:
+            self._channel.send((small, *parts[-1:]), timeout)
+
+    def send(
+        self,
+        kind: FrameType,
+        parts: Sequence[Buffer] = (),
+        *,
+        stream: int = 0,
+        flags: int = 0,
+        plain: tuple[int, int] | None = None,
+    ) -> int:
+        """Send one frame; its bytes on the wire.
+
+        :param parts: the payload in pieces; the last one is sent without being copied
+        :param plain: of a compressed payload: plain size and its CRC32C
+        :raises ConnectionLost, DeadlineExceeded:
+        """
+        with self._write:
+            if self._error is not None or self._aborted is not None:
+                raise self._aborted or self._peer_error or self._error or ConnectionLost("the connection is closed")
+            header, size = self._header(kind, parts, stream, flags, plain)
+            try:
+                self._send_locked(header, parts, self.deadlines.send)
+            except ReplicatorError as error:
+                self._fail(error)
+                raise self._aborted or self._peer_error or error from None
+        return size
+
+    def send_packed(self, kind: FrameType, packed: bytes, plain: tuple[int, int], *, stream: int) -> int:
+        """Send a frame whose payload was compressed."""
+        return self.send(kind, (packed,), stream=stream, flags=FLAG_COMPRESSED, plain=plain)
+
+    def _try_send(self, kind: FrameType, payload: bytes) -> bool:
+        """Send a heartbeat, unless somebody is sending or the peer is not reading: this thread must not wait for it."""
+        if not self._write.acquire(blocking=False):
+            return False
+        try:
+            if not self._channel.writable():
+                return False
+            header, _ = self._header(kind, (payload,), 0, 0, None)
+            self._send_locked(header, (payload,), self.deadlines.silence)
+        finally:
+            self._write.release()
+        return True
+
+    def next_stream(self) -> int:
+        """The number of the next request; they count up from 1 on each connection."""
+        self._stream += 1
+        return self._stream
+
+    def send_message(self, kind: FrameType, data: bytes, *, stream: int) -> None:
+        """Send a REQUEST or RESPONSE, split over frames where it is long."""
+        position = 0
+        while True:
+            piece = data[position : position + CONTROL_PIECE]
+            position += len(piece)
+            more = FLAG_MORE if position < len(data) else 0
+            self.send(kind, (piece,), stream=stream, flags=more)
+            if not more:
+                return
+
+    # -- receiving
+
+    def receive(self, timeout: float) -> Frame:
+        """The next frame.
+
+        :raises ReplicatorError: that the peer sent, or that ended the connection
+        :raises DeadlineExceeded: none came in time; the connection is closed then
+        """
+        if self._aborted is not None:
+            raise self._aborted
+        try:
+            # What came before the end is still delivered.
+            frame = self._inbox.get(block=self._error is None, timeout=timeout)
+        except queue.Empty:
+            if self._error is None:
+                self._fail(DeadlineExceeded(f"node {self.peer} did not answer for {timeout:.0f} s", hint="see its log"))
+            raise self._aborted or self._error or ConnectionLost("the connection is closed") from None
+        if self._aborted is not None:
+            raise self._aborted
+        if frame is None:
+            raise self._error or ConnectionLost("the connection is closed")
+        if frame.type is FrameType.ERROR:
+            error = self._peer_error or decode_error(frame.payload, self.peer)
+            self._fail(error)
+            raise error
+        return frame
+
+    def poll(self, timeout: float) -> Frame | None:
+        """As :meth:`receive`, but None where nothing comes in time, and the connection stays open."""
+        if self._error is None and self._aborted is None:
+            try:
+                frame = self._inbox.get(timeout=timeout)
+            except queue.Empty:
+                return None
+            if frame is not None and frame.type is not FrameType.ERROR:
+                return frame
+            if frame is not None:
+                self._fail(self._peer_error or decode_error(frame.payload, self.peer))
+        return self.receive(timeout)
+
+    def receive_message(self, kind: FrameType, stream: int, cap: int, timeout: float) -> bytes:
+        """A whole REQUEST or RESPONSE of at most ``cap`` bytes.
+
+        :raises ProtocolError: another frame, another stream, or too long
+        """
+        return self.join_message(self.receive(timeout), kind, stream, cap)
+
+    def join_message(self, frame: Frame, kind: FrameType, stream: int, cap: int) -> bytes:
+        """As :meth:`receive_message`, where the first frame is here already."""
+        pieces: list[bytes] = []
+        total = 0
+        while True:
+            if frame.type is not kind or frame.stream != stream:
+                raise self.unexpected(frame)
+            total += len(frame.payload)
+            if total > cap:
+                raise self.refuse(f"a {kind.name} message is longer than {cap} bytes")
+            pieces.append(bytes(frame.payload))
+            frame.release()
+            if not frame.flags & FLAG_MORE:
+                return b"".join(pieces)
+            if not frame.payload:
+                raise self.refuse(f"an empty part of a {kind.name} message came")
+            frame = self.receive(self.deadlines.silence)
+
+    def unexpected(self, frame: Frame) -> ProtocolError:
+        """The error for a frame that does not belong here; the connection is ended."""
+        return self.refuse(f"a {frame.type.name} frame of stream {frame.stream} came where it does not belong")
+
+    def refuse(self, what: str) -> ProtocolError:
+        """A ProtocolError to raise; the connection is ended."""
+        error = ProtocolError(f"node {self.peer}: {what}", hint=SUSPICIOUS)
+        self._fail(error)
+        return error
+
+    def check(self) -> None:
+        """Raise what ended the connection, or the error that the peer sent, without waiting."""
+        error = self._aborted or self._peer_error or self._error
+        if error is not None:
+            raise error
+
+    # -- the end
+
+    @property
+    def usable(self) -> bool:
+        """Whether another request may be made."""
+        return self._error is None and self._aborted is None and self._peer_error is None and not self._goodbye
+
+    def abort(self, error: ReplicatorError) -> None:
+        """End the connection now, from any thread; whoever waits on it gets ``error``."""
+        if self._aborted is None:
+            self._aborted = error
+        self._fail(error)
+
+    def close(self, *, error: ReplicatorError | None = None, linger: float = 5.0) -> None:
+        """Close; with ``error``, tell the peer first and let it read that (at most ``linger`` seconds). Idempotent."""
+        with suppress(ReplicatorError):
+            if error is not None and self._error is None and self._aborted is None:
+                self._discard = True
+                self._drain()
+                self.send(FrameType.ERROR, (encode_error(error),))
+                if self._reader is not None:
+                    self._reader.join(
+                        linger
+                    )  # what the peer still sends is read and dropped, so no reset eats the error
+            elif self.usable:
+                self._try_send(FrameType.GOODBYE, b"")
+        self._fail(ConnectionLost("the connection was closed by this node", hint=""))
+        if self._reader is not None and self._reader is not threading.current_thread():
+            self._drain()
+            self._reader.join(linger)
+        self._channel.close()
+
+    def _drain(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                frame = self._inbox.get_nowait()
+                if frame is not None:
+                    frame.release()

@@ -1,0 +1,275 @@
+"""Another node as an :class:`~replicator.endpoint.Endpoint`, over connections to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from replicator.cancellation import Cancellation
+from replicator.endpoint import (
+    DigestBatch,
+    DigestRequest,
+    PruneOutcome,
+    PruneRequest,
+    ReceiveRequest,
+    SendRequest,
+    SnapshotRequest,
+)
+from replicator.errors import Cancelled, ConnectionLost, RemoteError, ReplicatorError
+from replicator.model import Lineage, StorageInfo, Version, VersionRef, VolumeId, VolumeInfo, VolumeState
+from replicator.streams import ChunkStream, Stream
+from transport import messages
+from transport.compression import AdaptiveCompressor
+from transport.connection import Connection, Link
+from transport.frames import Frame, FrameType
+from transport.messages import RESPONSE_CAP, Request, StreamOpened
+from transport.pool import Pool
+from transport.wirestream import StreamBinding, StreamReceiver, StreamSender
+
+
+@dataclass(slots=True)
+class _Call:
+    """A request under way: its connection, its stream number, its bytes, and the first frame of the answer."""
+
+    connection: Connection
+    stream: int
+    raw: bytes
+    first: Frame
+
+    def answer(self, kind: Any) -> Any:
+        """The whole answer, from the first frame on."""
+        data = self.connection.join_message(self.first, FrameType.RESPONSE, self.stream, RESPONSE_CAP)
+        return messages.decode_answer(kind, data)
+
+
+class RemoteEndpoint:
+    """A peer's storages.
+
+    :param pool: connections to it
+    :param rate_limit: bytes per second that the caller holds streams to, for deciding about compression; None: none
+    :param compress: whether streams may be compressed at all
+    """
+
+    def __init__(
+        self,
+        node: str,
+        pool: Pool,
+        *,
+        rate_limit: Callable[[], float | None] = lambda: None,
+        compress: bool = True,
+    ) -> None:
+        self._node = node
+        self._pool = pool
+        self._rate_limit = rate_limit
+        self._compress = compress
+
+    @property
+    def node(self) -> str:
+        """The peer's name."""
+        return self._node
+
+    def link(self) -> Link | None:
+        """Round trip and clock difference, None before the first heartbeat."""
+        return self._pool.link
+
+    # -- requests
+
+    def _begin(self, request: Request, cancel: Cancellation, stack: ExitStack) -> _Call:
+        """Send a request and wait for the answer to begin.
+
+        A connection from the pool may have ended unnoticed; requests are idempotent, so a fresh one is tried once.
+        ``stack`` gives the connection back: to the pool, or, after an error, to nobody.
+        """
+        raw = messages.encode_request(request)
+        connection, used = self._pool.take()
+        try:
+            return self._ask(connection, raw, cancel, stack)
+        except ConnectionLost:
+            if not used or cancel.cancelled:
+                raise
+        connection, _ = self._pool.take(fresh=True)
+        return self._ask(connection, raw, cancel, stack)
+
+    def _ask(self, connection: Connection, raw: bytes, cancel: Cancellation, stack: ExitStack) -> _Call:
+        with ExitStack() as opened:
+            opened.enter_context(self._borrowed(connection, cancel))
+            stream = connection.next_stream()
+            connection.send_message(FrameType.REQUEST, raw, stream=stream)
+            call = _Call(connection, stream, raw, connection.receive(connection.deadlines.answer))
+            stack.push(opened.pop_all())
+        return call
+
+    @contextmanager
+    def _borrowed(self, connection: Connection, cancel: Cancellation) -> Iterator[None]:
+        def stop() -> None:
+            connection.abort(cancel.error or Cancelled("stopped on request", hint="the next run continues from here"))
+
+        try:
+            with cancel.unblock(stop):
+                yield
+        except GeneratorExit:
+            self._pool.drop(connection)
+            raise
+        except ReplicatorError as error:
+            self._pool.drop(connection, error)
+            raise
+        except BaseException:
+            self._pool.drop(connection, RemoteError("the other node failed; see its log", hint=""))
+            raise
+        self._pool.give(connection)
+
+    def _call(self, request: Request) -> Any:
+        with ExitStack() as stack:
+            return self._begin(request, Cancellation(), stack).answer(messages.ANSWERS[type(request)])
+
+    # -- Endpoint
+
+    def storages(self) -> tuple[StorageInfo, ...]:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found: tuple[StorageInfo, ...] = self._call(messages.Storages())
+        return found
+
+    def storage(self, name: str) -> StorageInfo:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found: StorageInfo = self._call(messages.Storage(name))
+        return found
+
+    def volumes(self, storage: str) -> tuple[VolumeInfo, ...]:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found: tuple[VolumeInfo, ...] = self._call(messages.Volumes(storage))
+        return found
+
+    def state(self, volume: VolumeId) -> VolumeState | None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found: VolumeState | None = self._call(messages.State(volume))
+        return found
+
+    def ensure_primary(self, volume: VolumeId) -> Lineage:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found: Lineage = self._call(messages.EnsurePrimary(volume))
+        return found
+
+    def snapshot(self, request: SnapshotRequest) -> tuple[Version, ...]:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        if not request.volumes:
+            return ()
+        found: tuple[Version, ...] = self._call(messages.Snapshot(request))
+        return found
+
+    def hold(self, volume: VolumeId, version: VersionRef, tag: str) -> None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        self._call(messages.Hold(volume, version, tag))
+
+    def release(self, volume: VolumeId, version: VersionRef, tag: str) -> None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        self._call(messages.Release(volume, version, tag))
+
+    def estimate(self, volume: VolumeId, base: VersionRef | None, to: VersionRef) -> int | None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found: int | None = self._call(messages.Estimate(volume, base, to))
+        return found
+
+    def abort_receive(self, volume: VolumeId) -> None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        self._call(messages.AbortReceive(volume))
+
+    def set_aside(self, volume: VolumeId, name: str) -> VersionRef | None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found: VersionRef | None = self._call(messages.SetAside(volume, name))
+        return found
+
+    def adopt(self, volume: VolumeId, lineage: Lineage) -> None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        self._call(messages.Adopt(volume, lineage))
+
+    def prune(self, request: PruneRequest) -> tuple[PruneOutcome, ...]:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found: tuple[PruneOutcome, ...] = self._call(messages.Prune(request))
+        return found
+
+    def clone(self, volume: VolumeId, version: VersionRef, new: VolumeId) -> VolumeInfo:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found: VolumeInfo = self._call(messages.Clone(volume, version, new))
+        return found
+
+    # -- streams
+
+    def send(self, request: SendRequest, cancel: Cancellation) -> Stream:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        cancel.check()
+        with ExitStack() as stack:
+            call = self._begin(messages.Send(request), cancel, stack)
+            opened: StreamOpened = call.answer(StreamOpened)
+            binding = StreamBinding(bytes.fromhex(request.key), "pull", opened.kind, call.raw)
+            receiver = StreamReceiver(call.connection, call.stream, binding)
+            return _RemoteStream(opened, receiver, stack.pop_all())
+        raise AssertionError  # an exit stack swallows nothing
+
+    def digests(self, request: DigestRequest, cancel: Cancellation) -> Iterator[DigestBatch]:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        cancel.check()
+        with ExitStack() as stack:
+            call = self._begin(messages.Digests(request), cancel, stack)
+            opened: StreamOpened = call.answer(StreamOpened)
+            binding = StreamBinding(bytes.fromhex(request.key), "pull", opened.kind, call.raw)
+            receiver = StreamReceiver(call.connection, call.stream, binding)
+            yield from receiver.digests(request.block_size, request.offset)
+
+    def receive(self, request: ReceiveRequest, stream: Stream, cancel: Cancellation) -> Version:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        cancel.check()
+        with ExitStack() as stack:
+            call = self._begin(messages.Receive(request, stream.estimate), cancel, stack)
+            if call.first.type is FrameType.RESPONSE:  # the stream is wanted
+                call.answer(StreamOpened)
+                binding = StreamBinding(bytes.fromhex(request.key), "push", request.kind, call.raw)
+                compressor = AdaptiveCompressor(rate_limit=self._rate_limit()) if self._compress else None
+                StreamSender(call.connection, call.stream, binding, compressor).send_all(stream)
+                call.first = call.connection.receive(call.connection.deadlines.answer)
+            if call.first.type is not FrameType.COMMITTED or call.first.stream != call.stream:
+                raise call.connection.unexpected(call.first)
+            committed: Version = messages.decode_answer(Version, bytes(call.first.payload))
+            return committed
+        raise AssertionError  # an exit stack swallows nothing
+
+    # -- the cluster's own requests
+
+    def crl(self) -> bytes:
+        """The newest revocation list that the peer knows; PEM, empty for none."""
+        text: str = self._call(messages.GetCrl())
+        return text.encode()
+
+    def renew(self, csr_pem: bytes) -> bytes:
+        """A new certificate for this node, from the peer that has the CA; PEM.
+
+        :raises IdentityError: the peer does not have the CA
+        """
+        text: str = self._call(messages.Renew(csr_pem.decode()))
+        return text.encode()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._pool.close()
+
+
+class _RemoteStream(ChunkStream):
+    """A stream that comes from a peer. Reaching its end gives the connection back; leaving it before ends that."""
+
+    def __init__(self, opened: StreamOpened, receiver: StreamReceiver, borrowed: ExitStack) -> None:
+        super().__init__(
+            opened.kind, receiver.chunks(opened.kind, self._count), estimate=opened.estimate, on_close=self._give_back
+        )
+        self._receiver = receiver
+        self._borrowed = borrowed
+
+    def _count(self, size: int) -> None:
+        self.wire_bytes += size
+
+    def _give_back(self) -> None:
+        if self._receiver.ended:
+            self._borrowed.close()
+        else:
+            left = GeneratorExit()
+            self._borrowed.__exit__(GeneratorExit, left, None)
