@@ -292,10 +292,7 @@ class History:
         """Open the file, or make it, and bring it to today's schema."""
         self._dispose()
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not self.path.exists():
-            # A write-ahead log of a deleted database must not be played into the new one.
-            for suffix in ("-wal", "-shm"):
-                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+        # (SQLite itself removes the write-ahead log of a database that was deleted.)
         engine = self._engine = _engine(self.path)
         with engine.begin() as connection:
             if self._thorough:

@@ -16,6 +16,7 @@ from replicator.errors import ConfigError, Problem, ScheduleError
 from replicator.planning import Intermediates
 from replicator.selection import Pattern
 from replicator.settings import ImageStorage, RbdStorage, ZfsStorage
+from scheduler.schedule import parse_schedule
 
 NETWORK = """
 [network]
@@ -392,7 +393,7 @@ def test_the_template_loads_as_it_is_and_with_all_in_force(tmp_path: Path) -> No
 
     in_force = "\n".join(line[1:] if line.startswith("#") and line[1:2].strip() else line for line in text.splitlines())
     path.write_text(in_force)
-    read = config.load(path)
+    read = config.load(path, check_schedule=parse_schedule)
     assert set(read.storages) == {"images", "tank", "pool"}
     assert set(read.peers) == {"prox2"}
     assert read.jobs["vms"].quiesce is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.image.backend import ImageBackend
+from backends.image import ImageBackend
 from replicator.errors import MissingBinding, Unsupported
 from replicator.settings import ImageStorage, RbdStorage, Storage, ZfsStorage
 from replicator.storages import build_backends
