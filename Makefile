@@ -23,7 +23,7 @@ $(VENV)/installed: pyproject.toml $(C_FILES)
 
 $(VENV)/installed-test: $(VENV)/installed
 	.ci/packages test
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
 
 install: $(VENV)/installed

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as package_version
 from typing import Protocol
 
 from replicator import verification
@@ -45,16 +43,9 @@ from replicator.runs import Network, Runner, Survey, Task
 from replicator.settings import Job
 from replicator.tracker import Replica, ReplicaKey
 from replicator.verification import Resync, Verification
+from replicator.version import version
 
 LOG = logging.getLogger(__name__)
-
-
-def program_version() -> str:
-    """This program's version."""
-    try:
-        return package_version("replicator")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 class Timetable(Protocol):
@@ -171,7 +162,7 @@ class Engine:
             self.refresh()
         return Status(
             self._config.node.name,
-            program_version(),
+            version(),
             self._daemon,
             self._clock(),
             tuple(self._row(replica) for replica in self._tracker.all()),
@@ -265,6 +256,12 @@ class Engine:
     ) -> tuple[RunReport, ...]:
         """See Control."""
         return self._runner.run(self._job(job), volume, target, listen, cancel)
+
+    def job_failed(self, job: str, error: ReplicatorError) -> None:
+        """A whole run failed before its tasks were known: every replica of the job is shown as failed."""
+        for replica in self._tracker.all():
+            if replica.key.job == job:
+                self._tracker.failed(replica.key, str(error), error.hint)
 
     def preview_resync(self, volume: str, target: str | None) -> tuple[ResyncPreview, ...]:
         """See Control."""

@@ -64,8 +64,8 @@ class Network(Protocol):
     def node(self) -> str:
         """This node's name."""
 
-    def endpoint(self, node: str) -> Endpoint:
-        """A node's endpoint, this one's included; connections are made when it is used."""
+    def endpoint(self, node: str, job: Job | None = None) -> Endpoint:
+        """A node's endpoint, this one's included, as ``job`` wants it; connections are made when it is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +147,9 @@ class Runner:
     def task(self, job: Job, volume: VolumeId, target: Target) -> Task:
         """The task for one volume and target."""
         pair = Pair(
-            self._network.endpoint(job.source.node),
+            self._network.endpoint(job.source.node, job),
             volume,
-            self._network.endpoint(target.node),
+            self._network.endpoint(target.node, job),
             replica_volume(job.source.node, volume, target.storage),
             hold_tag(job.name, target.node, target.storage),
         )
@@ -231,17 +231,19 @@ class Runner:
         if not by_storage:
             return failed
         name = snapshot_name(job.name, self._clock())
-        with self._quiesced(job):
+        with self._quiesced(job, volumes):
             for storage, group in by_storage.items():
                 cancel.check()
                 failed.update(self._snapshot_group(source, storage, group, name))
         return failed
 
-    def _quiesced(self, job: Job) -> AbstractContextManager[object]:
+    def _quiesced(self, job: Job, volumes: Sequence[VolumeId]) -> AbstractContextManager[None]:
         quiesce = job.quiesce
         if quiesce is None:
             return nullcontext()
-        return hooks.quiesced(quiesce.before, quiesce.after, quiesce.timeout, job=job.name)
+        return hooks.quiesced(
+            quiesce.before, quiesce.after, quiesce.timeout, job=job.name, volumes=[str(v) for v in volumes]
+        )
 
     def _snapshot_group(
         self, source: Endpoint, storage: str, group: list[VolumeId], name: str

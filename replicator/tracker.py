@@ -94,6 +94,14 @@ class Tracker:
         """Something stands in the way of this replica, found without a run."""
         self._change(key, outcome=outcome, message=message, hint=hint)
 
+    def failed(self, key: ReplicaKey, message: str, hint: str) -> None:
+        """A run failed before this replica's part of it began."""
+        with self._lock:
+            before = self._replicas.get(key, Replica(key))
+            self._replicas[key] = replace(
+                before, outcome="failed", message=message, hint=hint, failures=before.failures + 1
+            )
+
     @contextmanager
     def running(self, key: ReplicaKey) -> Iterator[None]:
         """A run is under way while the block lasts."""

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -167,7 +168,7 @@ class Story:
                 title = change.title
             changed = fingerprint.changed()
             moment = datetime.now(UTC)
-            row = self._until(lambda row, moment=moment: _after(row, moment), title)
+            row = self._until(partial(_after, moment=moment), title)
             self._changed += changed
             self._count(row)
             self._say(

@@ -1,0 +1,158 @@
+"""This node and the ways to its peers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+
+from replicator.config import Config
+from replicator.control import PeerStatus
+from replicator.endpoint import Endpoint
+from replicator.errors import IdentityError, ReplicatorError, UsageError
+from replicator.local import LocalEndpoint
+from replicator.settings import Job, Peer
+from transport.authorization import PeerRights
+from transport.connection import Deadlines
+from transport.identity import Identity
+from transport.pool import Dialer, Pool
+from transport.remote import RemoteEndpoint
+
+
+def deadlines(config: Config) -> Deadlines:
+    """The deadlines of connections, as the configuration bounds them."""
+
+    def seconds(value: timedelta) -> float:
+        return value.total_seconds()
+
+    limits = config.limits
+    stall = seconds(limits.stall_timeout)
+    default = Deadlines()
+    return Deadlines(
+        handshake=seconds(limits.connect_timeout),
+        heartbeat=min(default.heartbeat, stall / 4),
+        silence=min(default.silence, stall),
+        send=stall,
+    )
+
+
+def rights(peer: Peer) -> PeerRights:
+    """What a peer may ask of this node."""
+    return PeerRights(frozenset(peer.may_push_to), frozenset(peer.may_pull_from))
+
+
+class PeerNetwork:
+    """The :class:`~replicator.engine.Nodes` of a configuration.
+
+    :param identity: of this node; None with ``problem``: why there is none
+    """
+
+    def __init__(
+        self, config: Config, local: LocalEndpoint, identity: Identity | None, problem: ReplicatorError | None = None
+    ) -> None:
+        self._config = config
+        self._local = local
+        self._identity = identity
+        self._problem = problem
+        self._lock = threading.Lock()
+        self._pools: dict[str, Pool] = {}
+        self._seen: dict[str, PeerStatus] = {}
+
+    @property
+    def node(self) -> str:
+        """This node's name."""
+        return self._config.node.name
+
+    def endpoint(self, node: str, job: Job | None = None) -> Endpoint:
+        """See :class:`~replicator.runs.Network`."""
+        if self._config.is_local(node):
+            return self._local
+        peer = self._peer(node)
+        rates = [r for r in (self._config.limits.rate_limit, job.rate_limit if job else None) if r is not None]
+        return RemoteEndpoint(
+            peer.name,
+            self._pool(peer),
+            rate_limit=lambda: min(rates, default=None),
+            compress=job is None or job.compress != "never",
+        )
+
+    def _peer(self, node: str) -> Peer:
+        peer = self._config.peers.get(node)
+        if peer is None:
+            raise UsageError(f"there is no peer {node!r}", hint=f"add [peer.{node}] to {self._config.path}")
+        return peer
+
+    def _pool(self, peer: Peer) -> Pool:
+        if self._identity is None:
+            raise self._problem or IdentityError("this node is in no cluster", hint="replicator cluster join TOKEN")
+        with self._lock:
+            pool = self._pools.get(peer.name)
+            if pool is None:
+                dialer = Dialer(
+                    self._identity,
+                    peer.name,
+                    network=self._config.network.cluster,
+                    address=(peer.address.host, peer.address.port),
+                    source=self._config.network.listen.host,
+                    deadlines=deadlines(self._config),
+                )
+                pool = self._pools[peer.name] = Pool(dialer)
+            return pool
+
+    def cluster_endpoint(self, node: str) -> RemoteEndpoint:
+        """A peer, for the cluster's own requests (revocations, renewal)."""
+        peer = self._peer(node)
+        return RemoteEndpoint(peer.name, self._pool(peer))
+
+    # -- peers
+
+    def peers(self, *, probe: bool) -> tuple[PeerStatus, ...]:
+        """See :class:`~replicator.engine.Nodes`. Probes ask all peers at the same time."""
+        if probe:
+            threads = [
+                threading.Thread(target=self._probe, args=(peer,), name=f"probe-{peer.name}", daemon=True)
+                for peer in self._config.peers.values()
+            ]
+            for thread in threads:
+                thread.start()
+            limit = self._config.limits.connect_timeout.total_seconds() * 2 + 5
+            for thread in threads:
+                thread.join(limit)
+        unknown = "not asked yet"
+        return tuple(
+            self._seen.get(peer.name, PeerStatus(peer.name, str(peer.address), False, message=unknown))
+            for peer in self._config.peers.values()
+        )
+
+    def _probe(self, peer: Peer) -> None:
+        address = str(peer.address)
+        try:
+            self.cluster_endpoint(peer.name).storages()
+        except ReplicatorError as error:
+            self._seen[peer.name] = PeerStatus(peer.name, address, False, message=str(error))
+            return
+        link = self._pool(peer).link
+        self._seen[peer.name] = PeerStatus(
+            peer.name,
+            address,
+            True,
+            link.round_trip if link else None,
+            link.clock_difference if link else None,
+        )
+
+    def close(self) -> None:
+        """End all connections that this node has opened."""
+        with self._lock:
+            pools, self._pools = list(self._pools.values()), {}
+        for pool in pools:
+            pool.close()
+
+
+def endpoint_for_peers(config: Config, local: LocalEndpoint) -> Callable[[str], Endpoint]:
+    """What each peer gets to ask: this node's endpoint, with the retention that this node insists on for that peer."""
+
+    def endpoint(name: str) -> Endpoint:
+        peer = config.peers.get(name)
+        return local.with_minimum(peer.keep) if peer is not None and peer.keep else local
+
+    return endpoint

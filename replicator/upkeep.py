@@ -1,0 +1,135 @@
+"""What the daemon does besides replicating: looks after peers, revocations and its certificate, lists replicas anew."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from replicator import logs
+from replicator.assembly import Node
+from replicator.errors import IdentityError, ReplicatorError
+from transport.identity import Identity
+from transport.server import Server
+
+LOG = logging.getLogger(__name__)
+
+WATCH_FILES = 2.0
+"""Seconds between two looks at whether `cluster revoke` or `join` changed this node's identity on disk."""
+PROBE = 15.0
+"""Seconds between two questions to every peer: is it up, how far, what its clock says, what it knows to be revoked."""
+REFRESH = 600.0
+"""Seconds between two listings of all replicas; runs list their own anyway."""
+RENEW = 6 * 3600.0
+HISTORY = 24 * 3600.0
+
+
+class Upkeep:
+    """Threads that repeat something until they are stopped; what one of them meets is logged and tried again."""
+
+    def __init__(self, node: Node, server: Server | None) -> None:
+        self._node = node
+        self._server = server
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._stamp = self._files()
+
+    def start(self) -> None:
+        """Begin."""
+        self._repeat("refresh", REFRESH, self._node.engine.refresh)
+        self._repeat("history", HISTORY, self._node.history.prune)
+        identity = self._node.identity
+        if identity is not None:
+            self._repeat("probe", PROBE, lambda: self._probe(identity))
+            self._repeat("identity", WATCH_FILES, lambda: self._watch(identity))
+            self._repeat("renewal", RENEW, lambda: self._renew(identity))
+
+    def stop(self, deadline: float) -> None:
+        """End; a thread that is busy is waited for at most ``deadline`` seconds in all."""
+        self._stop.set()
+        until = time.monotonic() + deadline
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _repeat(self, name: str, seconds: float, work: Callable[[], object]) -> None:
+        def run() -> None:
+            while not self._stop.is_set():
+                try:
+                    work()
+                except ReplicatorError as error:
+                    logs.event(LOG, "warning", "upkeep failed", what=name, error=error)
+                except Exception:
+                    LOG.exception("upkeep of %s failed unexpectedly", name)
+                self._stop.wait(seconds)
+
+        thread = threading.Thread(target=run, name=f"upkeep-{name}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _probe(self, identity: Identity) -> None:
+        before = {peer.node: peer.up for peer in self._node.network.peers(probe=False)}
+        for peer in self._node.network.peers(probe=True):
+            if peer.up != before.get(peer.node) or (not peer.up and not peer.message):
+                level: logs.Level = "info" if peer.up else "warning"
+                logs.event(
+                    LOG, level, "peer up" if peer.up else "peer down", peer=peer.node, message=peer.message or None
+                )
+            if peer.up and not self._stop.is_set():
+                self._take_revocations(identity, peer.node)
+
+    def _take_revocations(self, identity: Identity, peer: str) -> None:
+        pem = self._node.network.cluster_endpoint(peer).crl()
+        if pem and identity.take_crl(pem):
+            logs.event(LOG, "info", "revocation list taken", peer=peer)
+            self._end_revoked()
+
+    def _files(self) -> tuple[int, ...]:
+        folder = self._node.config.node.state_dir / "cluster"
+        if self._node.identity is not None:
+            folder = self._node.identity.folder
+        found = []
+        for name in ("node.pem", "crl.pem"):
+            path = folder / name
+            found.append(path.stat().st_mtime_ns if path.exists() else 0)
+        return tuple(found)
+
+    def _watch(self, identity: Identity) -> None:
+        stamp = self._files()
+        if stamp != self._stamp:
+            identity.reload()
+            self._stamp = stamp
+            self._node.metrics.certificate_expires(identity.expires)
+            logs.event(LOG, "info", "identity read anew", expires=identity.expires)
+            self._end_revoked()
+
+    def _end_revoked(self) -> None:
+        """Connections opened before are checked again: those from revoked nodes end, ours to others are made anew."""
+        self._node.network.close()
+        if self._server is not None:
+            self._server.disconnect_revoked()
+
+    def _renew(self, identity: Identity) -> None:
+        if identity.has_ca:
+            identity.refresh_crl()
+        if not identity.needs_renewal():
+            return
+        key, request = identity.renewal_request()
+        if identity.has_ca:
+            identity.install(key, identity.sign(identity.node, request))
+        else:
+            identity.install(key, self._ask_for_renewal(request))
+        self._node.metrics.certificate_expires(identity.expires)
+        logs.event(LOG, "info", "certificate renewed", expires=identity.expires)
+
+    def _ask_for_renewal(self, request: bytes) -> bytes:
+        reasons = []
+        for peer in self._node.config.peers:
+            try:
+                return self._node.network.cluster_endpoint(peer).renew(request)
+            except ReplicatorError as error:
+                reasons.append(f"{peer}: {error}")
+        raise IdentityError(
+            f"this node's certificate could not be renewed ({'; '.join(reasons) or 'there is no peer'})",
+            hint="list the node that made the cluster as a [peer], and see that it runs",
+        )
