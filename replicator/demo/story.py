@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from replicator import units
 from replicator.cli.tables import status_table
@@ -43,15 +44,17 @@ def run(image: Path | None, console: Console) -> int:
     try:
         story.tell(image)
     except (Failed, ReplicatorError) as error:
-        console.print(f"\n[bold red]The demo failed:[/] {error}", highlight=False)
+        console.print()
+        console.print(Text(f"The demo failed: {error}", style="bold red"))
         if isinstance(error, ReplicatorError) and error.hint:
-            console.print(f"hint: {error.hint}", highlight=False, markup=False)
-        console.print(f"Everything is kept for a look in {folder}", highlight=False)
+            console.print(Text(f"hint: {error.hint}"))
+        console.print(Text(f"Everything is kept for a look in {folder}"))
         return 1
     finally:
         story.stop()
     shutil.rmtree(folder)
-    console.print(f"\n[bold green]Everything held.[/] {time.monotonic() - began:.0f} seconds.", highlight=False)
+    console.print()
+    console.print(Text(f"Everything held. {time.monotonic() - began:.0f} seconds.", style="bold green"))
     return 0
 
 
@@ -89,14 +92,15 @@ class Story:
     # -- the steps
 
     def _title(self, text: str) -> None:
-        self._console.print(f"\n[bold]{text}[/]", highlight=False)
+        self._console.print()
+        self._console.print(Text(text, style="bold"))
 
     def _say(self, text: str) -> None:
-        self._console.print(f"  {text}", highlight=False, markup=False)
+        self._console.print(Text(f"  {text}"), soft_wrap=True)
 
     def _show(self, node: DemoNode, *words: str, expect: int = 0) -> None:
         """Run a command as an operator would, and show it with what it prints."""
-        self._console.print(f"  [dim]{node.name}$[/] replicator {' '.join(words)}", highlight=False)
+        self._console.print(Text(f"  {node.name}$ replicator {' '.join(words)}", style="cyan"))
         done = node.run(*words)
         for line in done.stdout.splitlines():
             self._say(line)
