@@ -151,7 +151,7 @@ def _findings(
     listen = config.network.listen
     yield from checks.network(config, lambda: cluster_address(config.network.cluster, listen.host))
     yield from checks.certificate(
-        identity.expires if identity else None, str(problem or ""), problem.hint if problem else ""
+        config, identity.expires if identity else None, str(problem or ""), problem.hint if problem else ""
     )
     yield from checks.storages(local.storages())
     yield from checks.peers(network.peers(probe=True))

@@ -23,6 +23,11 @@ EXPIRY_WARNING = timedelta(days=20)
 LOW_SPACE = 0.1
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 job``, ``2 jobs``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def configuration(config: Config) -> Iterator[Finding]:
     """What is legal but unwise."""
     for problem in config.warnings:
@@ -30,7 +35,11 @@ def configuration(config: Config) -> Iterator[Finding]:
     if not config.jobs:
         yield Finding("configuration", Level.WARNING, "there is no job, so nothing is replicated", "add a [job.NAME]")
     else:
-        yield Finding("configuration", Level.OK, f"{config.path}: {len(config.jobs)} jobs, {len(config.peers)} peers")
+        yield Finding(
+            "configuration",
+            Level.OK,
+            f"{config.path}: {counted(len(config.jobs), 'job')}, {counted(len(config.peers), 'peer')}",
+        )
 
 
 def network(config: Config, address: Callable[[], object]) -> Iterator[Finding]:
@@ -51,8 +60,11 @@ def network(config: Config, address: Callable[[], object]) -> Iterator[Finding]:
         )
 
 
-def certificate(expires: datetime | None, problem: str = "", hint: str = "") -> Iterator[Finding]:
-    """This node's certificate."""
+def certificate(config: Config, expires: datetime | None, problem: str = "", hint: str = "") -> Iterator[Finding]:
+    """This node's certificate; one is needed only to talk to peers."""
+    if expires is None and not config.peers:
+        yield Finding("certificate", Level.OK, "none, and none is needed without peers")
+        return
     if expires is None:
         yield Finding("certificate", Level.FAILED, problem, hint)
         return
@@ -127,7 +139,7 @@ def jobs(config: Config, runner: Runner, endpoint: Callable[[str], Endpoint]) ->
                 subject, Level.WARNING, "selects no volume now", "correct its source, or wait for the volumes"
             )
             continue
-        yield Finding(subject, Level.OK, f"{len(volumes)} volumes, {units.format_size(size)}")
+        yield Finding(subject, Level.OK, f"{counted(len(volumes), 'volume')}, {units.format_size(size)}")
         for target in job.targets:
             try:
                 info = endpoint(target.node).storage(target.storage)

@@ -124,7 +124,7 @@ class Meter:
         self._observer = observer
         self._outcome = outcome
         now = clock()
-        self._told = self._marked = now
+        self._began = self._told = self._marked = now
         self._marked_done = 0
         self.progress = Progress(str(pair.source_volume), pair.target_text, step, 0, total, 0, 0.0)
 
@@ -146,7 +146,10 @@ class Meter:
             self._observer(self.progress)
 
     def finish(self) -> None:
-        """Tell the last figures."""
+        """Tell the last figures; the rate is that of the whole."""
+        elapsed = self._clock() - self._began
+        if elapsed > 0:
+            self.progress = replace(self.progress, rate=self.progress.done / elapsed)
         self._observer(self.progress)
 
 

@@ -281,7 +281,9 @@ class Runner:
         except ReplicatorError as error:  # a hook
             for entry in runs.values():
                 entry.error = error
-        listen(Note(f"job {job.name}: snapshots of {len(runs)} volumes taken"))
+        if runs:
+            plural = "" if len(runs) == 1 else "s"
+            listen(Note(f"job {job.name}: {len(runs)} volume{plural} snapshotted"))
         reports: list[RunReport] = []
         with ThreadPoolExecutor(min(self._workers, max(1, len(tasks))), thread_name_prefix=f"run-{job.name}") as pool:
             futures = [
