@@ -32,7 +32,8 @@ _IGNORED = frozenset({"lost+found"})
 class Live:
     """What is at a volume's name: an image file or a block device.
 
-    :ivar identity: device, inode, times: changes when the file is replaced or written
+    :ivar identity: device, inode, size, time of the last write (not ctime, which sharing its blocks changes as well):
+        changes when the file is replaced or written
     """
 
     size: int
@@ -41,7 +42,7 @@ class Live:
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def live_of(fd: int) -> Live:

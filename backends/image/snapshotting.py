@@ -142,21 +142,29 @@ def set_aside(context: Context, volume: str, name: str) -> VersionRef | None:
         catalog = context.made_catalog(volume)
         with catalog.writing("keeping its own data aside"):
             live = live_of(source)
-            kept = next((s.version for s in catalog.snapshots() if s.meta.origin == live.identity), None)
+            kept = next((s.version for s in catalog.snapshots() if _is_kept_as(s, source, live)), None)
             if kept is None:
                 name = catalog.free_name(name)
                 kept = _publish(
                     context, catalog, name, lambda folder: _move_live(context, catalog, volume, source, folder)
                 )
             current = context.layout.live(volume)
-            if current is None or current.identity[:2] != live.identity[:2]:
-                raise VolumeBusy(f"{context.label(volume)} was replaced just now", hint="run it again")
+            if current is None or current.identity != live.identity:
+                raise VolumeBusy(
+                    f"{context.label(volume)} is being written to, so it is not removed; {kept.name} has it as it was",
+                    hint="stop what writes to it (a guest that still runs?), then run it again",
+                )
             context.layout.remove_live(volume)
             with catalog.changing("keeping its own data aside"):
                 _demote(catalog)
             return kept.ref
     finally:
         os.close(source)
+
+
+def _is_kept_as(snapshot: Snapshot, source: int, live: Live) -> bool:
+    """Whether a snapshot was made of just this live image: a clone of it as it still is, or another name of it."""
+    return snapshot.meta.origin == live.identity or os.path.samestat(snapshot.image.lstat(), os.fstat(source))
 
 
 def _demote(catalog: Catalog) -> None:
