@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from replicator.errors import (
+    ChecksumMismatch,
     ConnectionLost,
     DeadlineExceeded,
     ProtocolError,
@@ -232,6 +233,10 @@ class Connection:
     def _run(self) -> None:
         try:
             self._read_all()
+        except (ProtocolError, ChecksumMismatch) as error:
+            with suppress(ReplicatorError):
+                self._try_send(FrameType.ERROR, encode_error(error))
+            self._fail(error)
         except ReplicatorError as error:
             self._fail(error)
         except Exception as error:  # noqa: BLE001 - whatever it is, nobody may wait for this thread for ever
@@ -502,14 +507,12 @@ class Connection:
             frame = self.receive(self.deadlines.silence)
 
     def unexpected(self, frame: Frame) -> ProtocolError:
-        """The error for a frame that does not belong here; the connection is ended."""
+        """The error for a frame that does not belong here."""
         return self.refuse(f"a {frame.type.name} frame of stream {frame.stream} came where it does not belong")
 
     def refuse(self, what: str) -> ProtocolError:
-        """A ProtocolError to raise; the connection is ended."""
-        error = ProtocolError(f"node {self.peer}: {what}", hint=SUSPICIOUS)
-        self._fail(error)
-        return error
+        """A ProtocolError to raise; whoever catches it closes the connection with it."""
+        return ProtocolError(f"node {self.peer}: {what}", hint=SUSPICIOUS)
 
     def check(self) -> None:
         """Raise what ended the connection, or the error that the peer sent, without waiting."""

@@ -17,6 +17,7 @@ import secrets
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,10 +27,17 @@ from typing import Any
 from cryptography import x509
 
 from replicator import names
-from replicator.errors import ConnectionLost, DeadlineExceeded, IdentityError, InvalidName, ProtocolError
+from replicator.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    IdentityError,
+    InvalidName,
+    ProtocolError,
+    ReplicatorError,
+)
 from replicator.streams import Buffer
 from transport import certificates
-from transport.connection import decode_error
+from transport.connection import decode_error, encode_error
 from transport.frames import SUSPICIOUS, FrameDecoder, FrameType, encode
 from transport.identity import (
     FOLDER,
@@ -170,9 +178,23 @@ def serve_join(channel: TlsChannel, identity: Identity, deadline: float, address
         raise Refused(Refusal.JOIN, IdentityError(f"node {identity.node} has no open invitation", hint=_NEW_INVITATION))
     exchange = _Exchange(channel, deadline, frozenset({FrameType.JOIN}))
     exchange.send(FrameType.JOIN_OFFER, {"ca": certificates.to_pem(identity.ca).decode()})
-    facts = exchange.receive_or_end(FrameType.JOIN)
-    if facts is None:
-        return  # the new node checks the CA on a connection of its own and comes again
+    try:
+        facts = exchange.receive_or_end(FrameType.JOIN)
+        if facts is None:
+            return  # the new node checks the CA on a connection of its own and comes again
+        node = _admit(exchange, identity, facts)
+    except Refused as refused:
+        exchange.tell(refused.error)
+        raise Refused(refused.reason, refused.error, told=True) from None
+    except (ProtocolError, IdentityError) as error:
+        exchange.tell(error)
+        raise Refused(Refusal.PROTOCOL, error, told=True) from None
+    log.info("node %s joined the cluster", node, extra={"peer": node, "address": address})
+    exchange.wait_for_end()
+
+
+def _admit(exchange: _Exchange, identity: Identity, facts: dict[str, Any]) -> str:
+    """Check one JOIN, use up its invitation and answer it; the node that joined."""
     node, csr, proof = (_text(facts, name) for name in ("node", "csr", "proof"))
     refusal = Refused(
         Refusal.JOIN,
@@ -205,8 +227,7 @@ def serve_join(channel: TlsChannel, identity: Identity, deadline: float, address
         "proof": _proof(key, "server", node.encode(), csr.encode(), certificate, crl),
     }
     exchange.send(FrameType.JOINED, answer)
-    log.info("node %s joined the cluster", node, extra={"peer": node, "address": address})
-    exchange.wait_for_end()
+    return node
 
 
 # -- the new node
@@ -282,9 +303,18 @@ class _Exchange:
             raise DeadlineExceeded("joining took too long", hint="check the network between the two nodes")
         return left
 
+    def tell(self, error: ReplicatorError) -> None:
+        """Tell the other side why it is refused, and let it read that."""
+        with suppress(ReplicatorError):
+            self._send(FrameType.ERROR, encode_error(error))
+            self.wait_for_end()
+
     def send(self, kind: FrameType, facts: dict[str, str]) -> None:
         """Send one JSON frame."""
-        frame = encode(kind, json.dumps(facts).encode(), sequence=self._sequence)
+        self._send(kind, json.dumps(facts).encode())
+
+    def _send(self, kind: FrameType, payload: bytes) -> None:
+        frame = encode(kind, payload, sequence=self._sequence)
         self._sequence += 1
         self.channel.send((frame,), self._left())
 

@@ -134,13 +134,18 @@ class Pool:
         for connection in old:
             connection.close()
 
-    def close(self) -> None:
-        """Close what is idle, and end what is in use."""
+    def reset(self, error: ReplicatorError) -> None:
+        """End every connection, those in use with ``error``; the next request opens a new one, checked anew."""
         with self._lock:
-            self._closed = True
             idle, self._idle = [c for _, c in self._idle], []
             used = list(self._used)
         for connection in idle:
             connection.close()
         for connection in used:
-            connection.abort(ConnectionLost("the endpoint was closed", hint=""))
+            connection.abort(error)
+
+    def close(self) -> None:
+        """End every connection for good."""
+        with self._lock:
+            self._closed = True
+        self.reset(ConnectionLost("the endpoint was closed", hint=""))

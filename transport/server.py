@@ -174,7 +174,7 @@ class Server:
             self._serve_channel(channel, entry, deadline)
         except Refused as refused:
             self._tell(refused.reason, entry.peer, entry.address, str(refused))
-            if channel is not None:
+            if channel is not None and not refused.told:
                 _say(channel, refused.error, deadline)
         except DeadlineExceeded as error:
             self._tell(Refusal.HANDSHAKE_TIMEOUT, entry.peer, entry.address, str(error))
@@ -210,10 +210,21 @@ class Server:
             error = NotAuthorized(f"node {peer} is not a listed peer of node {self._identity.node}", hint=hint)
             raise Refused(Refusal.UNLISTED, error)
         connection = Connection(channel, peer, accept=FROM_CLIENT, deadlines=self._deadlines)
-        connection.greet(self._identity.node, deadline)
+        self._greet(connection, channel, deadline)
         with self._registered(entry, peer, certificate, connection):
             endpoint = self._directory.endpoint(peer)
             Session(connection, endpoint, self._identity, lambda: self._authority(peer), self._refused).run()
+
+    def _greet(self, connection: Connection, channel: TlsChannel, deadline: float) -> None:
+        try:
+            connection.greet(self._identity.node, deadline)
+        except (DeadlineExceeded, ConnectionLost):
+            raise
+        except ReplicatorError as error:
+            with contextlib.suppress(ReplicatorError):
+                connection.send(FrameType.ERROR, (encode_error(error),))
+            _linger(channel, deadline)
+            raise Refused(Refusal.PROTOCOL, error, told=True) from None
 
     @contextmanager
     def _registered(
@@ -228,9 +239,11 @@ class Server:
                 hint = "wait until some of them are done"
                 error = NotAuthorized(f"node {peer} has {count} connections to {self._identity.node}", hint=hint)
                 connection.close(error=error)
-                raise Refused(Refusal.TOO_MANY, error)
+                raise Refused(Refusal.TOO_MANY, error, told=True)
             if self._identity.is_revoked(certificate):  # revoked since the handshake
-                raise Refused(Refusal.REVOKED, NotAuthenticated(f"the certificate of {peer} was revoked", hint=""))
+                revoked = NotAuthenticated(f"the certificate of node {peer} was revoked", hint="")
+                connection.close(error=revoked)
+                raise Refused(Refusal.REVOKED, revoked, told=True)
             yield
         finally:
             connection.close()
@@ -286,7 +299,13 @@ def _say(channel: TlsChannel, error: ReplicatorError, deadline: float) -> None:
     """Tell a refused peer why, as the first frame, and let it read that."""
     with contextlib.suppress(ReplicatorError):
         channel.send((encode(FrameType.ERROR, encode_error(error)),), max(0.1, deadline - time.monotonic()))
-        scratch = memoryview(bytearray(4096))
-        until = min(deadline, time.monotonic() + 2.0)
+        _linger(channel, deadline)
+
+
+def _linger(channel: TlsChannel, deadline: float) -> None:
+    """Read and drop what the peer still sends, so that no reset overtakes what was said to it."""
+    scratch = memoryview(bytearray(4096))
+    until = min(deadline, time.monotonic() + 2.0)
+    with contextlib.suppress(ReplicatorError):
         while channel.recv_into(scratch, until - time.monotonic()) and time.monotonic() < until:
             pass

@@ -53,12 +53,13 @@ class Refusal(StrEnum):
 
 
 class Refused(Exception):
-    """A peer was refused: why, and the error that tells it to people."""
+    """A peer was refused: why, the error that tells it to people, and whether the peer was told already."""
 
-    def __init__(self, reason: Refusal, error: ReplicatorError) -> None:
+    def __init__(self, reason: Refusal, error: ReplicatorError, *, told: bool = False) -> None:
         super().__init__(str(error))
         self.reason = reason
         self.error = error
+        self.told = told
 
 
 def _context(protocol: int, file: str | None, ca_pem: str | None) -> ssl.SSLContext:
