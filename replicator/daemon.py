@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -166,26 +167,33 @@ def run(config: Config) -> int:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
+    daemon = _Daemon(config)
     with _only_one(config), ExitStack() as stack:
-        daemon = _Daemon(config, stack)
-        daemon.start()
+        daemon.start(stack)
         logs.event(LOG, "info", "daemon started", node=config.node.name, version=version(), jobs=len(config.jobs))
         stopping.wait()
         logs.event(LOG, "info", "daemon stopping")
     logs.event(LOG, "info", "daemon stopped")
+    if daemon.left:
+        # Their threads would keep the process from ending; what they wrote is durable or discarded by the next run.
+        logging.shutdown()
+        os._exit(0)
     return 0
 
 
 class _Daemon:
-    """Starts the parts in an order in which each finds what it needs, and leaves their ends to ``stack``."""
+    """Starts the parts in an order in which each finds what it needs.
 
-    def __init__(self, config: Config, stack: ExitStack) -> None:
+    :ivar left: runs that had not ended when it was time to
+    """
+
+    def __init__(self, config: Config) -> None:
         self._config = config
-        self._stack = stack
+        self.left: tuple[str, ...] = ()
 
-    def start(self) -> None:
-        """Start everything. :raises ReplicatorError: a part cannot start"""
-        config, stack = self._config, self._stack
+    def start(self, stack: ExitStack) -> None:
+        """Start everything, and leave its end to ``stack``. :raises ReplicatorError: a part cannot start"""
+        config = self._config
         cancel = Cancellation()
         jobs = _Jobs(config, cancel)
         store = FileStateStore(config.node.state_dir / SCHEDULE_FILE)
@@ -196,7 +204,7 @@ class _Daemon:
                 if job.verify:
                     scheduler.add(VERIFY_PREFIX + job.name, parse_schedule(job.verify, job.zone), jobs.verify(job))
         node = jobs.node = stack.enter_context(assemble(config, SchedulerTimetable(scheduler), daemon=True))
-        server = self._listen(node)
+        server = self._listen(node, stack)
 
         def metrics() -> bytes:
             node.metrics.scheduler_tick(datetime.fromtimestamp(scheduler.last_tick, UTC))
@@ -218,13 +226,12 @@ class _Daemon:
         stack.callback(cancel.cancel)
         node.recording.event("daemon started", config.node.name, version())
 
-    @staticmethod
-    def _stop_scheduler(scheduler: Scheduler) -> None:
-        left = scheduler.stop(STOP_SECONDS)
-        if left:
-            logs.event(LOG, "warning", "runs did not end in time", jobs=", ".join(left))
+    def _stop_scheduler(self, scheduler: Scheduler) -> None:
+        self.left = scheduler.stop(STOP_SECONDS)
+        if self.left:
+            logs.event(LOG, "warning", "runs did not end in time", jobs=", ".join(self.left))
 
-    def _listen(self, node: Node) -> Server | None:
+    def _listen(self, node: Node, stack: ExitStack) -> Server | None:
         """The listener for peers. None where there are no peers and no cluster: replication within this node."""
         config = self._config
         if node.identity is None:
@@ -248,5 +255,5 @@ class _Daemon:
             refused=refused,
         )
         server.start()
-        self._stack.callback(server.close)
+        stack.callback(server.close)
         return server

@@ -9,7 +9,7 @@ from datetime import timedelta
 from replicator.config import Config
 from replicator.control import PeerStatus
 from replicator.endpoint import Endpoint
-from replicator.errors import IdentityError, ReplicatorError, UsageError
+from replicator.errors import ConnectionLost, IdentityError, ReplicatorError, UsageError
 from replicator.local import LocalEndpoint
 from replicator.settings import Job, Peer
 from transport.authorization import PeerRights
@@ -139,6 +139,13 @@ class PeerNetwork:
             link.round_trip if link else None,
             link.clock_difference if link else None,
         )
+
+    def reset(self) -> None:
+        """End all connections that this node has opened, so that peers are checked anew; runs try again."""
+        with self._lock:
+            pools = list(self._pools.values())
+        for pool in pools:
+            pool.reset(ConnectionLost("the list of revoked nodes changed", hint="it is tried again at once"))
 
     def close(self) -> None:
         """End all connections that this node has opened."""

@@ -34,6 +34,7 @@ class Upkeep:
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._stamp = self._files()
+        self._revoked = _serials(node.identity)
 
     def start(self) -> None:
         """Begin."""
@@ -82,7 +83,7 @@ class Upkeep:
         pem = self._node.network.cluster_endpoint(peer).crl()
         if pem and identity.take_crl(pem):
             logs.event(LOG, "info", "revocation list taken", peer=peer)
-            self._end_revoked()
+            self._end_revoked(identity)
 
     def _files(self) -> tuple[int, ...]:
         folder = self._node.config.node.state_dir / "cluster"
@@ -101,11 +102,16 @@ class Upkeep:
             self._stamp = stamp
             self._node.metrics.certificate_expires(identity.expires)
             logs.event(LOG, "info", "identity read anew", expires=identity.expires)
-            self._end_revoked()
+            self._end_revoked(identity)
 
-    def _end_revoked(self) -> None:
-        """Connections opened before are checked again: those from revoked nodes end, ours to others are made anew."""
-        self._node.network.close()
+    def _end_revoked(self, identity: Identity) -> None:
+        """Where more is revoked than before, connections are checked again: those from revoked nodes end, ours to
+        others are made anew."""
+        serials = _serials(identity)
+        if serials <= self._revoked:
+            return
+        self._revoked = serials
+        self._node.network.reset()
         if self._server is not None:
             self._server.disconnect_revoked()
 
@@ -133,3 +139,8 @@ class Upkeep:
             f"this node's certificate could not be renewed ({'; '.join(reasons) or 'there is no peer'})",
             hint="list the node that made the cluster as a [peer], and see that it runs",
         )
+
+
+def _serials(identity: Identity | None) -> frozenset[int]:
+    revoked = identity.revoked if identity is not None else None
+    return frozenset(revoked.serials) if revoked is not None else frozenset()

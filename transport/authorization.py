@@ -94,7 +94,8 @@ class Authority:
         self._require(self.may_write(volume), request, what, "may_push_to")
 
     def _require_read(self, request: Request, volume: VolumeId) -> None:
-        self._require(self.may_read(volume), request, f"volume {volume}", "may_pull_from")
+        right = "may_push_to" if volume.name.startswith(f"{self.peer}/") else "may_pull_from"
+        self._require(self.may_read(volume), request, f"volume {volume}", right)
 
     def _require_tag(self, request: Request, tag: str) -> None:
         """Only holds of ours, and none of a job that replicates to a third node."""
