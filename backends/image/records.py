@@ -145,7 +145,7 @@ class Meta:
         """The name and contents of an ``aside.json``, None if there is none. :raises BadRecord:"""
         try:
             record = _load(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         try:
             return names.check_snapshot(_text(record, "name")), cls._from(record)

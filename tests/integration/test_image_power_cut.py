@@ -10,7 +10,7 @@ import itertools
 import random
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -198,11 +198,8 @@ def cut_at(step: int, folder: Path) -> int | None:
     backup.mkdir(exist_ok=True)
     story = Story(root)
     files = PowerCutFiles(step, backup)
-    with opened(root, files) as backend:
-        try:
-            story.tell(backend)
-        except PowerCut:
-            pass
+    with opened(root, files) as backend, suppress(PowerCut):
+        story.tell(backend)
     files.close()
     with opened(root) as backend:
         story.check(backend)

@@ -28,7 +28,7 @@ class _Change:
     """A change of a directory's names, and how to undo it."""
 
     folder: tuple[int, int]
-    undo: Callable[[], None]
+    undo: Callable[[], object]
 
 
 @dataclass
@@ -49,7 +49,7 @@ def _of_folder(path: Path) -> tuple[int, int]:
 
 
 def _path(fd: int) -> Path:
-    return Path(os.readlink(f"/proc/self/fd/{fd}"))
+    return Path(f"/proc/self/fd/{fd}").readlink()
 
 
 class PowerCutFiles(Files):
@@ -97,7 +97,7 @@ class PowerCutFiles(Files):
                 change.undo()
         self.close()
 
-    def _renamed(self, path: Path, undo: Callable[[], None]) -> None:
+    def _renamed(self, path: Path, undo: Callable[[], object]) -> None:
         self._names.append(_Change(_of_folder(path), undo))
 
     def _unsynced(self, fd: int) -> _Written:
