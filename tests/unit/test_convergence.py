@@ -144,13 +144,15 @@ class Replicating(RuleBasedStateMachine):
             memory.rename(name, version.ref, f"renamed-{next(self.numbers)}")
             self.unsettle()
 
-    @rule(data=st.data())
-    def rotate(self, data: st.DataObject) -> None:
-        """A snapshot gets a name that an older one had, as people do with ``latest``."""
-        state = self.source_state()
-        free = "latest" not in [v.name for v in state.versions]
-        if free and state.snapshots:
-            self.memory.rename("vm", data.draw(st.sampled_from(state.snapshots)).ref, "latest")
+    @rule()
+    def rotate(self) -> None:
+        """The newest snapshot gets a name that an older one had, as people do with ``latest``."""
+        snapshots = self.source_state().snapshots
+        for version in snapshots:
+            if version.name == "latest":
+                self.memory.rename("vm", version.ref, f"former-{next(self.numbers)}")
+        if snapshots:
+            self.memory.rename("vm", snapshots[-1].ref, "latest")
             self.unsettle()
 
     @rule(data=st.data())
