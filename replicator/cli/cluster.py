@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
 import click
 
 from replicator.cli import connect
 from replicator.cli.main import App, Verb
 from replicator.cli.output import DONE, consent, console, json_option, note, print_json, safe, say, yes_option
+from replicator.errors import UsageError
+
+if TYPE_CHECKING:
+    from replicator.config import Config
+    from transport.joining import JoinToken
+
+FROM_STDIN = "-"
 
 
 @click.group(subcommand_metavar="VERB ...")
@@ -43,6 +54,85 @@ def create(app: App) -> int:
     note("next: `replicator serve` here, then `replicator cluster invite NODE` for each other node")
     note(f"keep a backup of {config.node.state_dir / 'identity'}: without its ca.key no node can be added or revoked")
     return DONE
+
+
+@cluster.command(cls=Verb, short_help="Print a token with which a node joins.")
+@click.argument("node")
+@click.option(
+    "--valid", "valid_text", metavar="DURATION", default="24h", show_default=True, help="How long it can be used."
+)
+@click.pass_obj
+def invite(app: App, node: str, valid_text: str) -> int:
+    """Print a token with which NODE joins the cluster, once. On the node that made the cluster; its daemon must run
+    when NODE joins.
+
+    The token is a secret until it is used: carry it over a channel that you trust.
+
+    \b
+    Example:
+      replicator cluster invite prox2
+    """
+    from replicator.units import format_duration, parse_duration
+    from transport.identity import Identity
+    from transport.joining import invite as make_token
+
+    config = connect.load_config(app)
+    valid: timedelta = parse_duration(valid_text)
+    token = make_token(Identity(config.node.state_dir), node, str(config.network.listen), lifetime=valid)
+    click.echo(token.encode())
+    note(f"on {node}, within {format_duration(valid)}: replicator cluster join TOKEN")
+    note("the token is good for one join; `replicator serve` must be running here until then")
+    return DONE
+
+
+@cluster.command(cls=Verb, short_help="Join a cluster with a token.")
+@click.argument("token")
+@click.pass_obj
+def join(app: App, token: str) -> int:
+    """Join the cluster that TOKEN is of: make a key here, have it certified by the node that invited, store the
+    certificate. The key never leaves this node. With "-" the token is read from standard input.
+
+    \b
+    Example:
+      replicator cluster join rj1-...
+    """
+    from transport.joining import TIMEOUT, JoinToken
+    from transport.joining import join as join_cluster
+    from transport.network import dial, parse_address
+
+    config = connect.load_config(app)
+    invitation = JoinToken.decode(sys.stdin.read(4096) if token == FROM_STDIN else token)
+    if invitation.node != config.node.name:
+        raise UsageError(
+            f"the token is for node {invitation.node}, but this node is named {config.node.name}",
+            hint=f"invite it by that name: `replicator cluster invite {config.node.name}` on {invitation.issuer}",
+        )
+    address, port = parse_address(invitation.address)
+    network, source = config.network.cluster, config.network.listen.host
+    identity = join_cluster(
+        config.node.state_dir,
+        invitation,
+        lambda: dial(network, invitation.issuer, address, port, timeout=TIMEOUT, source=source),
+    )
+    say(f"{config.node.name} is in the cluster of {invitation.issuer} now.")
+    note(f"its certificate is good until {identity.expires:%Y-%m-%d}; the daemon renews it before")
+    _show_peers(config, invitation)
+    return DONE
+
+
+def _show_peers(config: Config, invitation: JoinToken) -> None:
+    """What has to be in the two configurations, so that the two nodes know each other."""
+    if invitation.issuer not in config.peers:
+        click.echo(f"\nAdd to {config.path} here:\n")
+        _show_peer(invitation.issuer, invitation.address)
+    click.echo(f"\nAdd to the replicator.toml of {invitation.issuer}, unless it is there:\n")
+    _show_peer(config.node.name, str(config.network.listen))
+    click.echo("\nThen start the daemons anew, and look with `replicator check`.")
+
+
+def _show_peer(name: str, address: str) -> None:
+    click.echo(f'  [peer.{name}]\n  address = "{address}"')
+    click.echo("  may_push_to = []      # storages of that node it may write replicas into")
 
 
 @cluster.command(cls=Verb, short_help="The certificates of this cluster.")

@@ -56,8 +56,17 @@ def init(app: App, node: str | None, cluster: str | None, listen: str | None) ->
 
 
 def _write_new(path: Path, text: str) -> None:
+    def cannot(error: OSError) -> ReplicatorError:
+        return ReplicatorError(
+            f"cannot write {path}: {error.strerror}",
+            hint="run as root, or name a path of yours: replicator --config PATH init",
+        )
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot(error) from error
+    try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -68,10 +77,7 @@ def _write_new(path: Path, text: str) -> None:
             hint="edit it, or move it away first, or name another path: replicator --config PATH init",
         ) from None
     except OSError as error:
-        raise ReplicatorError(
-            f"cannot write {path}: {error.strerror}",
-            hint="run as root, or name a path of yours: replicator --config PATH init",
-        ) from error
+        raise cannot(error) from error
 
 
 @click.command(cls=Verb)
@@ -82,7 +88,7 @@ def serve(app: App) -> int:
 
     \b
     Examples:
-      systemctl start replicator
+      replicator serve
       replicator --config ./replicator.toml serve
     """
     config = connect.load_config(app)

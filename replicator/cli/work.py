@@ -198,8 +198,9 @@ def run(work: Callable[[Listener, Cancellation], T]) -> T:
 
     with _terminable(), display() as shown:
         # Not waited for at exit: whatever is cut off hard is resumable as well.
-        threading.Thread(target=do, name="work", daemon=True).start()
+        worker = threading.Thread(target=do, name="work", daemon=True)
         try:
+            worker.start()
             ended = _follow(happenings, shown)
         except KeyboardInterrupt:
             shown.say("stopping where the next run continues; Ctrl-C once more stops at once")
