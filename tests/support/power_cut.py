@@ -65,6 +65,7 @@ class PowerCutFiles(Files):
         self._lock = threading.RLock()
         self._names: list[_Change] = []
         self._bytes: dict[tuple[int, int], _Written] = {}
+        self._folders: dict[tuple[int, int], int] = {}
         self.died = False
         self.steps = 0
 
@@ -83,6 +84,16 @@ class PowerCutFiles(Files):
         for written in self._bytes.values():
             os.close(written.fd)
         self._bytes.clear()
+        for folder in self._folders.values():
+            os.close(folder)
+        self._folders.clear()
+
+    def _anchored(self, path: Path) -> Path:
+        """The same name in the same directory, whatever that will be called by the time of the cut."""
+        key = _of_folder(path)
+        if key not in self._folders:
+            self._folders[key] = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        return Path(f"/proc/self/fd/{self._folders[key]}", path.name)
 
     def _lose(self) -> None:
         for written in self._bytes.values():
@@ -115,21 +126,23 @@ class PowerCutFiles(Files):
         with self._lock:
             self._step()
             fd = super().open_new(path, mode)
-            self._renamed(path, path.unlink)
+            self._renamed(path, self._anchored(path).unlink)
             return fd
 
     def make_directory(self, path: Path) -> None:
         with self._lock:
             self._step()
             super().make_directory(path)
-            self._renamed(path, lambda: shutil.rmtree(path))
+            made = self._anchored(path)
+            self._renamed(path, lambda: shutil.rmtree(made))
 
     def make_directory_at(self, name: str, folder: int) -> None:
         with self._lock:
             self._step()
             super().make_directory_at(name, folder)
             path = _path(folder) / name
-            self._renamed(path, lambda: shutil.rmtree(path))
+            made = self._anchored(path)
+            self._renamed(path, lambda: shutil.rmtree(made))
 
     def write_all(self, fd: int, data: bytes) -> None:
         with self._lock:
@@ -191,11 +204,12 @@ class PowerCutFiles(Files):
             self._step()
             kept = self._keep(new) if new.exists() else None
             super().rename(old, new)
+            before, after = self._anchored(old), self._anchored(new)
 
             def undo() -> None:
-                new.rename(old)
+                after.rename(before)
                 if kept is not None:
-                    os.link(kept, new)
+                    os.link(kept, after)
 
             self._renamed(new, undo)
 
@@ -203,32 +217,34 @@ class PowerCutFiles(Files):
         with self._lock:
             self._step()
             super().rename_new(old, new)
-            self._renamed(new, lambda: new.rename(old))
+            before, after = self._anchored(old), self._anchored(new)
+            self._renamed(new, lambda: after.rename(before))
 
     def exchange(self, one: Path, other: Path) -> None:
         with self._lock:
             self._step()
             super().exchange(one, other)
-            self._renamed(one, lambda: Files().exchange(one, other))
+            first, second = self._anchored(one), self._anchored(other)
+            self._renamed(one, lambda: Files().exchange(first, second))
 
     def link(self, old: Path, name: str, folder: int) -> None:
         with self._lock:
             self._step()
             super().link(old, name, folder)
             path = _path(folder) / name
-            self._renamed(path, path.unlink)
+            self._renamed(path, self._anchored(path).unlink)
 
     def link_path(self, old: Path, new: Path) -> None:
         with self._lock:
             self._step()
             super().link_path(old, new)
-            self._renamed(new, new.unlink)
+            self._renamed(new, self._anchored(new).unlink)
 
     def link_from(self, name: str, folder: int, new: Path) -> None:
         with self._lock:
             self._step()
             super().link_from(name, folder, new)
-            self._renamed(new, new.unlink)
+            self._renamed(new, self._anchored(new).unlink)
 
     def unlink(self, path: Path) -> None:
         with self._lock:
@@ -237,7 +253,8 @@ class PowerCutFiles(Files):
                 return
             kept = self._keep(path)
             super().unlink(path)
-            self._renamed(path, lambda: os.link(kept, path))
+            gone = self._anchored(path)
+            self._renamed(path, lambda: os.link(kept, gone))
 
     def unlink_at(self, name: str, folder: int) -> None:
         self.unlink(_path(folder) / name)
@@ -246,4 +263,4 @@ class PowerCutFiles(Files):
         with self._lock:
             self._step()
             super().remove_directory(path)
-            self._renamed(path, path.mkdir)
+            self._renamed(path, self._anchored(path).mkdir)
