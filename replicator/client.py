@@ -34,10 +34,10 @@ from replicator.control import (
 from replicator.errors import ConnectionLost, DaemonUnreachable, DeadlineExceeded, ProtocolError
 from replicator.verification import Resync, Verification
 from replicator.web import messages
-from replicator.web.messages import Event, Failure
+from replicator.web.messages import SOCKET_NAME, Event, Failure
 
-SOCKET_NAME = "replicator.sock"
-"""Within the state directory."""
+__all__ = ["SOCKET_NAME", "DaemonClient", "Timeouts", "daemon_answers"]
+
 MAX_ANSWER = 256 * 1024 * 1024
 """Bytes of one answer, or of one line of a stream, at most."""
 

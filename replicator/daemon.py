@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from replicator import logs
 from replicator.assembly import SCHEDULE_FILE, Node, assemble
 from replicator.cancellation import Cancellation
-from replicator.client import SOCKET_NAME
 from replicator.config import Config
 from replicator.control import RunReport
 from replicator.endpoint import Endpoint
@@ -24,6 +23,7 @@ from replicator.settings import Job
 from replicator.upkeep import Upkeep
 from replicator.version import version
 from replicator.web.api import make_api
+from replicator.web.messages import SOCKET_NAME
 from replicator.web.server import HttpServer
 from scheduler.job import Outcome
 from scheduler.schedule import parse_schedule

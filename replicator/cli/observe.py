@@ -61,7 +61,7 @@ def _show_planned(item: PlannedReplica) -> None:
     elif item.steps:
         out.print(_steps(item))
     else:
-        say("  nothing to send: the target has the newest snapshot")
+        say("  nothing to send but that" if item.notes else "  nothing to send: the target has the newest snapshot")
     for side, prunes in (("source", item.source_prunes), ("target", item.target_prunes)):
         going = [outcome for outcome in prunes if not outcome.kept]
         if going:
@@ -192,7 +192,7 @@ def _show_history(entries: tuple[HistoryEntry, ...]) -> None:
                 f"{moment:%m-%d %H:%M:%S}",
                 safe(entry.kind),
                 Text(safe(entry.outcome), style=OUTCOMES.get(entry.outcome, "")),
-                Text.assemble(name, ("\n" + message if message else "", "dim")),
+                Text.assemble(name, "\n" if name and message else "", (message, "dim")),
                 short(entry.seconds),
                 units.format_size(entry.done) if entry.done else NOTHING,
                 units.format_size(entry.sent) if entry.sent else NOTHING,

@@ -26,6 +26,8 @@ MIN_NAME = 16
 FOLDED_NAME = 20
 """Columns that a name in a wide table must have; else the table with two lines a row is easier to read."""
 WIDE = 100
+SHOWN_THINGS = 3
+"""Things named that have the same problem; of the others only the number is said."""
 
 STYLES = {
     State.RUNNING: "cyan",
@@ -232,12 +234,19 @@ def left(item: Progress) -> str:
 
 
 def problems(rows: Iterable[tuple[str, str, str]]) -> list[RenderableType]:
-    """What is wrong with what, and what to do: lines beneath a table. Each row: the thing, the message, the hint."""
-    found: list[RenderableType] = []
+    """What is wrong with what, and what to do: lines beneath a table. Each row: the thing, the message, the hint.
+
+    What is wrong with many things in the same way is said once.
+    """
+    things: dict[tuple[str, str], list[str]] = {}
     for thing, message, hint in rows:
-        if not message:
-            continue
-        found.append(Text.assemble((safe(thing) + ": ", "bold"), safe(message)))
+        if message:
+            things.setdefault((message, hint), []).append(safe(thing))
+    found: list[RenderableType] = []
+    for (message, hint), named in things.items():
+        more = len(named) - SHOWN_THINGS
+        label = ", ".join(named[:SHOWN_THINGS]) + (f" and {more} more" if more > 0 else "")
+        found.append(Text.assemble((label + ": ", "bold"), safe(message)))
         if hint:
             found.append(Text(f"  hint: {safe(hint)}", style="dim"))
     return found
@@ -251,16 +260,19 @@ def status_view(status: Status, *, width: int) -> RenderableType:
     running = [row.progress for row in status.replicas if row.progress is not None]
     if running:
         parts += [progress_table(running, width=width), Text()]
-    lines = problems((f"{row.volume} → {row.target}", row.message, row.hint) for row in status.replicas)
-    lines += [_away(peer) for peer in status.peers if not peer.up]
+    # What went wrong last time is of no interest while it is being tried again.
+    waiting = [row for row in status.replicas if row.state is not State.RUNNING]
+    lines = problems((f"{row.volume} → {row.target}", row.message, row.hint) for row in waiting)
+    told = {row.message for row in waiting}
+    lines += [_away(peer, told) for peer in status.peers if not peer.up]
     if lines:
         parts += [*lines, Text()]
     parts.append(_sentence(status))
     return Group(*parts)
 
 
-def _away(peer: PeerStatus) -> Text:
-    reason = f": {peer.message}" if peer.message else ""
+def _away(peer: PeerStatus, told: set[str]) -> Text:
+    reason = f": {peer.message}" if peer.message and peer.message not in told else ""
     return styled(f"peer {peer.node} ({peer.address}) is not reachable{reason}", "yellow")
 
 

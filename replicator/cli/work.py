@@ -113,6 +113,8 @@ class PlainDisplay:
             self.say(words[0])
 
     def _line(self, item: Progress) -> None:
+        if not item.done:
+            return
         rest = f", {left(item)}" if left(item) else ""
         self.say(f"{item.volume} → {item.target}: {item.step}: {amount(item)}, {format_rate(item.rate)}{rest}")
 

@@ -34,6 +34,8 @@ from replicator.errors import ConfigError, ConflictError, Problem, ProtocolError
 from replicator.model import Progress
 from replicator.verification import Resync, Verification
 
+SOCKET_NAME = "replicator.sock"
+"""The daemon's socket, within its state directory."""
 PREFIX = "/api/v1"
 NDJSON = "application/x-ndjson"
 HEARTBEAT_SECONDS = 2.0

@@ -131,6 +131,18 @@ def test_problems_stand_beneath_with_what_to_do(terminal: Terminal) -> None:
     assert "prox1: 2 replicas, 1 failed, 1 ok; 1 behind the objective." in text
 
 
+def test_one_cause_of_many_problems_is_said_once(terminal: Terminal) -> None:
+    cause = "cannot reach prox2"
+    rows = [row(f"images:vm-{number}", State.FAILED, message=cause, hint="start it") for number in range(9)]
+    rows.append(row("images:again", State.RUNNING, message=cause, hint="start it"))
+    peer = PeerStatus("prox2", "10.99.0.2:8571", False, message=cause)
+    terminal.control.answers["status"] = status(*rows, peers=(peer,))
+    text = terminal.run("status").stdout
+    assert text.count(cause) == 1
+    assert "images:vm-2 → prox2:backup and 6 more: cannot reach prox2" in text
+    assert "peer prox2 (10.99.0.2:8571) is not reachable\n" in text
+
+
 def test_what_there_is_not_is_said(terminal: Terminal) -> None:
     terminal.control.answers["status"] = status(daemon=False)
     result = terminal.run("status")

@@ -62,14 +62,14 @@ def test_a_step_s_last_line_is_told_before_what_follows() -> None:
     display, text, _ = plain()
     with display:
         display.show(progress(1000 << 20))
-        display.show(progress(0, step="two"))
+        display.show(progress(1 << 20, step="two"))
         display.show(Note("a note"))
         display.show(RunReport("vms", "images:a", "prox2:backup", "failed", 1.0, 1, 1, 1, message="the cause"))
     starts = [line.split("prox2:backup: ")[-1] for line in text.getvalue().splitlines()]
     assert [start[:18] for start in starts] == [
         "one: 1000 MiB of 1",
         "a note",
-        "two: 0 B of 1000 M",
+        "two: 1.00 MiB of 1",
         "failed: the cause",
     ]
 
