@@ -39,7 +39,7 @@ and metrics.
     │   ├── ClusterNetworkError   no address of this node on the cluster network
     │   └── RemoteError           an error of the peer that this node's version does not know
     ├── IdentityError             keys, certificates, join tokens
-    ├── DaemonUnreachable         no daemon answers on the local socket
+    ├── DaemonUnreachable         no daemon answers on the local socket                retryable
     ├── HookFailed                a hook of the configuration failed                   retryable
     └── Cancelled                 stopped on request, at a resumable point             retryable
 """
