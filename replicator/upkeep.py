@@ -17,7 +17,7 @@ LOG = logging.getLogger(__name__)
 
 WATCH_FILES = 2.0
 """Seconds between two looks at whether `cluster revoke` or `join` changed this node's identity on disk."""
-PROBE = 15.0
+PROBE = 5.0
 """Seconds between two questions to every peer: is it up, how far, what its clock says, what it knows to be revoked."""
 REFRESH = 600.0
 """Seconds between two listings of all replicas; runs list their own anyway."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +41,6 @@ def test_a_cut_cable_fails_the_run_and_the_next_one_completes(tmp_path: Path, to
     with cluster(
         tmp_path, topology=topology, job='schedule = "5s"\nrate_limit = "4MiB/s"', extra_a=limits, extra_b=limits
     ) as pair:
-        pair.until(lambda row: row.snapshot != "" or row.state is not State.NEVER)
         fill(pair.image, 64 * MIB)
         pair.until(lambda row: row.progress is not None and row.progress.done > MIB)
         topology.cut(2)
@@ -47,18 +48,15 @@ def test_a_cut_cable_fails_the_run_and_the_next_one_completes(tmp_path: Path, to
         assert "b" in row.target
         assert row.message
         assert row.hint
-        partial = pair.replica_snapshots()
+        assert not pair.replica_snapshots(), "a half-received snapshot is visible"
         topology.mend(2)
         row = pair.until(lambda row: row.failures == 0 and row.state is State.OK and row.snapshot != "", timeout=120)
         pair.a.must("pause", JOB)
         pair.until(idle)
         pair.assert_equal()
-        assert set(partial) <= set(pair.replica_snapshots()) | set(partial)
 
 
 def test_without_an_address_on_the_cluster_network_the_daemon_says_so(tmp_path: Path, topology: Topology) -> None:
-    import subprocess
-
     with cluster(tmp_path, topology=topology) as pair:
         pair.a.stop()
         subprocess.run(
@@ -89,9 +87,7 @@ def test_resumes_where_the_durable_state_ended(tmp_path: Path, topology: Topolog
         assert again < size * 3 // 4, f"{again} of {size} bytes were sent again"
 
 
-def _in_background(pair: Pair):  # type: ignore[no-untyped-def]
-    import threading
-
+def _in_background(pair: Pair) -> threading.Thread:
     thread = threading.Thread(target=lambda: pair.a.run("sync", JOB, timeout=200))
     thread.start()
     return thread
