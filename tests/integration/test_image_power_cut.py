@@ -34,6 +34,7 @@ ONE = changed(pattern(SIZE), [(BLOCK_SIZE, BLOCK_SIZE)])
 TWO = changed(ONE, [(4096, b"two" * 900), (5 * BLOCK_SIZE, 4096)])
 MENDED = changed(ONE, [(3 * BLOCK_SIZE, b"mended")])
 LIVE = changed(ONE, [(0, b"written on the replica")])
+THREE = changed(MENDED, [(block * BLOCK_SIZE, b"three" * 20) for block in range(6)])
 TAG = "replicator:vms:prox2:backup"
 REPLICA = "prox1/vm"
 
@@ -42,7 +43,7 @@ def version(name: str) -> Version:
     return Version(name, uuid.uuid5(uuid.NAMESPACE_URL, name).hex, datetime(2026, 11, 20, tzinfo=UTC), 1, size=SIZE)
 
 
-V1, V2 = version("one"), version("two")
+V1, V2, V3 = version("one"), version("two"), version("three")
 
 
 class Story:
@@ -61,6 +62,8 @@ class Story:
             ("rebuild", self._rebuild),
             ("hold", lambda backend: backend.hold(REPLICA, V2.ref, "other")),
             ("release", lambda backend: backend.release(REPLICA, V1.ref, TAG)),
+            ("interrupted", self._interrupted),
+            ("resumed", lambda backend: self._receive(backend, V3, V2, THREE, before=MENDED)),
             ("destroy", lambda backend: backend.destroy(REPLICA, V1.ref)),
             ("aside", self._set_aside),
             ("restore", self._restore),
@@ -77,7 +80,15 @@ class Story:
     def _snapshot(backend: ImageBackend, name: str) -> None:
         backend.snapshot(("vm",), name)
 
-    def _receive(self, backend: ImageBackend, to: Version, base: Version | None, data: bytes, **more: object) -> None:
+    @staticmethod
+    def _receive(
+        backend: ImageBackend,
+        to: Version,
+        base: Version | None,
+        data: bytes,
+        before: bytes | None = None,
+        **more: object,
+    ) -> None:
         state = backend.state(REPLICA)
         resume = state.resume if state is not None else None
         if resume is not None and (resume.to_guid != to.guid or "mode" in more):
@@ -85,7 +96,7 @@ class Story:
         request = ReceiveRequest(
             VolumeId("store", REPLICA), PRIMARY, base.ref if base else None, to, KEY, hold=TAG, resume=resume
         )
-        before = ONE if base else bytes(SIZE)
+        before = before or (ONE if base else bytes(SIZE))
         start = resume.offset if resume is not None else 0
         pieces = [
             (offset, data[offset : min(offset + BLOCK_SIZE, SIZE)])
@@ -94,6 +105,17 @@ class Story:
         ]
         stream = make_stream(*(make_chunk((at, piece if any(piece) else len(piece))) for at, piece in pieces))
         backend.receive(replace(request, **more), stream, Cancellation())  # type: ignore[arg-type]
+
+    @staticmethod
+    def _interrupted(backend: ImageBackend) -> None:
+        """Half of a stream; what it says is durable, ``resumed`` does not send again."""
+        state = backend.state(REPLICA)
+        if state is not None and state.by_guid(V3.guid):
+            return
+        request = ReceiveRequest(VolumeId("store", REPLICA), PRIMARY, V2.ref, V3, KEY)
+        half = [make_chunk((block * BLOCK_SIZE, THREE[block * BLOCK_SIZE :][:BLOCK_SIZE])) for block in range(4)]
+        with pytest.raises(ConnectionLost):
+            backend.receive(request, make_stream(*half, then=ConnectionLost("cut")), Cancellation())
 
     def _rebuild(self, backend: ImageBackend) -> None:
         self._receive(backend, V2, V1, MENDED, mode=ReceiveMode.REBUILD, aside="diverged-old")
@@ -117,8 +139,8 @@ class Story:
 
     @staticmethod
     def _abort(backend: ImageBackend) -> None:
-        to = version("three")
-        request = ReceiveRequest(VolumeId("store", REPLICA), PRIMARY, V2.ref, to, KEY)
+        to = version("four")
+        request = ReceiveRequest(VolumeId("store", REPLICA), PRIMARY, V3.ref, to, KEY)
         with pytest.raises(ConnectionLost):
             backend.receive(request, make_stream(make_chunk((0, b"x")), then=ConnectionLost("cut")), Cancellation())
         backend.abort_receive(REPLICA)
@@ -138,6 +160,7 @@ class Story:
             "two": [TWO, MENDED],
             "diverged-old": [TWO, MENDED],
             "diverged-live": [LIVE],
+            "three": [THREE],
         }
         if "rebuild" in done:
             allowed["two"] = [MENDED]
@@ -168,6 +191,7 @@ class Story:
             assert found["two"].guid == V2.guid and TAG in found["two"].holds
         if "rebuild" in done:
             assert found["diverged-old"].guid != V2.guid and found["diverged-old"].holds == ()
+        assert "resumed" not in done or "three" in found
         assert "hold" not in done or "other" in found["two"].holds
         assert "destroy" not in done or "one" not in found
         if "aside" in done:
