@@ -267,7 +267,13 @@ def _check(response: httpx.Response, body: bytes) -> None:
     """Raise the error that an answer tells."""
     if response.status_code == httpx.codes.OK:
         return
-    failure: Failure = messages.read_json(messages.FAILURE, body)
+    try:
+        failure: Failure = messages.read_json(messages.FAILURE, body)
+    except ProtocolError:
+        raise ConnectionLost(
+            f"the daemon answered with HTTP status {response.status_code}: {body[:80].decode(errors='replace')}",
+            hint=f"try again when fewer ask it; {_LOG_HINT}",
+        ) from None
     raise failure.rebuild()
 
 

@@ -390,6 +390,40 @@ def test_the_tcp_listener_only_reads() -> None:
     assert [call[0] for call in control.calls] == ["status"]
 
 
+def test_who_connects_and_asks_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replicator.web.server.REQUEST_SECONDS", 0.2)
+    server = HttpServer(make_api(FakeControl(), metrics=lambda: METRICS, read_only=True), tcp=("127.0.0.1", 0))
+    server.start()
+    try:
+        host, _, port = server.address.rpartition(":")
+        for begin in (b"", b"GET /metrics HT", b"GET /metrics HTTP/1.1\r\nHost: x\r\n"):
+            with socket.create_connection((host, int(port)), timeout=PATIENCE) as silent:
+                silent.sendall(begin)
+                assert silent.recv(1) == b""
+    finally:
+        server.stop(PATIENCE)
+
+
+@pytest.mark.parametrize("status", [b"503 Service Unavailable", b"500 x"])
+def test_a_refusal_without_an_error_of_ours_is_told(tmp_path: Path, status: bytes) -> None:
+    path = tmp_path / "busy.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 %s\r\nContent-Length: 8\r\n\r\ntoo busy" % status)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(errors.ConnectionLost, match="too busy"):
+            DaemonClient(path).status()
+        thread.join(PATIENCE)
+
+
 def test_requests_that_are_wrong_are_told_so(shared: Stage) -> None:
     shared.set(answers={"sync": ()})
     with httpx.Client(

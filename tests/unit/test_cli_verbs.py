@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import click
@@ -206,6 +208,26 @@ def test_help_loads_nothing_that_it_does_not_need() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "Replicate:" in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_no_terminal_and_no_reader_end_it_badly(encoding: str, tmp_path: Path) -> None:
+    """A terminal that lacks letters, and a reader that has seen enough (`| head`)."""
+    config = tmp_path / "nöne.toml"
+    argv = [sys.executable, "-m", "replicator.cli.main", "--config", str(config)]
+    environment = {"PYTHONIOENCODING": encoding, "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([*argv, "status"], capture_output=True, timeout=60, check=False, env=environment)
+    assert done.returncode == USAGE
+    assert b"error: " in done.stderr
+    assert b"Traceback" not in done.stderr
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as closed:
+        done = subprocess.run(
+            [*argv, "--help"], stdout=closed, stderr=subprocess.PIPE, timeout=60, check=False, env=environment
+        )
+    assert done.returncode == FAILED
+    assert done.stderr == b""
 
 
 # -- what each says
