@@ -41,7 +41,7 @@ from replicator.replication import Observer, Replication
 from replicator.restoring import Place, restore
 from replicator.runs import Network, Runner, Survey, Task
 from replicator.settings import Job
-from replicator.tracker import Replica, ReplicaKey
+from replicator.tracker import Replica, ReplicaKey, describe_mismatch
 from replicator.verification import Resync, Verification
 from replicator.version import version
 
@@ -191,8 +191,8 @@ class Engine:
             replica.failures,
             paused=paused,
             snapshot=newest.name if newest else "",
-            message=replica.message,
-            hint=replica.hint,
+            message=replica.message or replica.mismatch,
+            hint=replica.hint if replica.message or not replica.mismatch else _mend(replica.key),
             progress=replica.progress,
         )
 
@@ -369,13 +369,8 @@ class Engine:
             if repair and not found.equal:
                 listen(Note(f"mending {found.range_count} ranges of {task.key.volume} on {task.key.target}"))
                 found = verification.repair(task.pair, found, options, observer=observer, cancel=cancel)
-        if not found.equal and not found.repaired:
-            self._tracker.problem(
-                task.key,
-                "failed",
-                f"the replica differs from its source in {found.range_count} ranges ({found.differing} bytes)",
-                f"replicator verify {task.key.volume} --target {task.key.target} --repair",
-            )
+        differs = not found.equal and not found.repaired
+        self._tracker.recall(task.key, mismatch=describe_mismatch(found.snapshot, found.differing) if differs else "")
         self._memory.verified(found, task.job.name)
         listen(found)
         return found
@@ -482,6 +477,13 @@ class Engine:
         return self._check()
 
 
+def _mend(key: ReplicaKey) -> str:
+    return (
+        f"`replicator resync {key.volume} --target {key.target}` makes it right; "
+        f"`replicator verify {key.volume} --target {key.target} --repair` mends that snapshot alone"
+    )
+
+
 def _pruned(endpoint: Endpoint, request: PruneRequest) -> PruneReport:
     try:
         return PruneReport(endpoint.node, str(request.volume), endpoint.prune(request))
@@ -501,7 +503,7 @@ def _state(replica: Replica, lag: float | None, objective: float | None, paused:
         return State.RUNNING
     if replica.outcome == "conflict":
         return State.CONFLICT
-    if replica.outcome == "failed":
+    if replica.outcome == "failed" or replica.mismatch:
         return State.FAILED
     if paused:
         return State.PAUSED

@@ -10,7 +10,7 @@ from replicator.control import HistoryEntry, RunReport, Status
 from replicator.history import Check, Event, History, Run
 from replicator.metrics import Metrics
 from replicator.model import Progress, Version
-from replicator.tracker import ReplicaKey
+from replicator.tracker import ReplicaKey, describe_mismatch
 from replicator.verification import Resync, Verification
 
 
@@ -95,6 +95,8 @@ class Recording:
         summary = self._history.summary(key.job, key.volume, key.target)
         if summary is None:
             return {}
+        checks = self._history.checks(job=key.job, volume=key.volume, target=key.target, limit=1)
+        wrong = [c for c in checks if c.kind == "verify" and c.mismatched_bytes]
         last, success = summary.last_run, summary.last_success
         last_sync = success.finished if success else None
         self._metrics.recall(key.job, key.volume, key.target, failures=summary.failures, last_success=last_sync)
@@ -107,6 +109,7 @@ class Recording:
             "sent": last.bytes_sent,
             "outcome": last.outcome,
             "message": last.message,
+            "mismatch": describe_mismatch(wrong[0].snapshot_name, wrong[0].mismatched_bytes) if wrong else "",
         }
 
     def verified(self, result: Verification, job: str) -> None:

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Protocol
@@ -29,6 +29,10 @@ from replicator.settings import Job
 from replicator.tracker import ReplicaKey, Tracker
 
 LOG = logging.getLogger(__name__)
+
+PATIENCE = 3600.0
+"""Seconds that a resync or a verification waits for a run of the same replica to end."""
+BUSY_PAUSE = 0.2
 
 
 class Slots(Protocol):
@@ -376,13 +380,30 @@ class Runner:
 
     @contextmanager
     def exclusive(self, task: Task, cancel: Cancellation) -> Iterator[None]:
-        """Have a replica to oneself, within the limits, and shown as running."""
-        with self._slots.slot(task.key.volume, task.key.target, task.peer, cancel), self.tracker.running(task.key):
-            yield
+        """Have a replica to oneself, within the limits, and shown as running; waits until a run under way has ended.
+
+        :raises VolumeBusy: that took longer than ``PATIENCE``
+        """
+        deadline = time.monotonic() + PATIENCE
+        with ExitStack() as stack:
+            while True:
+                cancel.check()
+                try:
+                    stack.enter_context(self._slots.slot(task.key.volume, task.key.target, task.peer, cancel))
+                except VolumeBusy:
+                    if time.monotonic() > deadline:
+                        raise
+                    cancel.wait(BUSY_PAUSE)
+                else:
+                    break
+            with self.tracker.running(task.key):
+                yield
 
     def healed(self, task: Task) -> None:
         """A resync or repair brought the replica into order: what was wrong with it no longer is."""
-        self.tracker.recall(task.key, outcome="ok", message="", hint="", failures=0, last_sync=self._clock())
+        self.tracker.recall(
+            task.key, outcome="ok", message="", hint="", mismatch="", failures=0, last_sync=self._clock()
+        )
 
     # -- pruning
 

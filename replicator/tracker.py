@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from replicator import units
 from replicator.control import RunReport
 from replicator.model import Progress, Version
 
@@ -33,6 +34,8 @@ class Replica:
     :ivar looked: when ``newest`` was seen last
     :ivar backlog: bytes of snapshots that are not on the target yet
     :ivar failures: consecutive runs that failed
+    :ivar mismatch: what the last verification found to differ, until a repair, a resync or an equal verification;
+        a run that succeeds afterwards does not make it right
     """
 
     key: ReplicaKey
@@ -49,6 +52,12 @@ class Replica:
     message: str = ""
     hint: str = ""
     progress: Progress | None = None
+    mismatch: str = ""
+
+
+def describe_mismatch(snapshot: str, differing: int) -> str:
+    """What is wrong with a replica that a verification found to differ in ``differing`` bytes."""
+    return f"the replica differs from its source: {units.format_size(differing)} of {snapshot}"
 
 
 class Tracker:

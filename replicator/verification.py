@@ -24,7 +24,7 @@ from replicator.endpoint import (
     SendRequest,
 )
 from replicator.errors import NoSuchSnapshot, NoSuchVolume, ProtocolError, Unsupported
-from replicator.model import DIVERGED_PREFIX, StreamKind, Version, VersionRef, VolumeId, format_time
+from replicator.model import DIVERGED_PREFIX, StreamKind, Version, VersionRef, VolumeId, VolumeState, format_time
 from replicator.prefetch import ahead
 from replicator.replication import Meter, ObservedStream, Observer, Options, Outcome, Pair, new_key
 from replicator.streams import BLOCK_SIZE, DIGEST_SIZE, Chunk, ChunkStream
@@ -398,6 +398,13 @@ def repair(
     return replace(found, repaired=True, aside=aside)
 
 
+def _nearest(pair: Pair, target: VolumeState) -> Version | None:
+    """The newest snapshot of the target that the source has too: the least should differ from it."""
+    source = pair.source.state(pair.source_volume)
+    known = {version.guid for version in source.versions} if source else set()
+    return next((version for version in reversed(target.snapshots) if version.guid in known), None)
+
+
 def resync(pair: Pair, to: Version, options: Options, *, observer: Observer, cancel: Cancellation) -> Resync:
     """Make the target's newest version equal ``to`` of the source, whatever happened to the target.
 
@@ -420,7 +427,7 @@ def resync(pair: Pair, to: Version, options: Options, *, observer: Observer, can
     if state is None or not state.snapshots:
         raise NoSuchSnapshot(f"{pair.target_text} has no data of {pair.source_volume} to compare with", hint="")
     same = state.by_guid(to.guid)
-    reference = same or (state.by_guid(own.guid) if own else None) or state.snapshots[-1]
+    reference = same or _nearest(pair, state) or (state.by_guid(own.guid) if own else None) or state.snapshots[-1]
     replaced = aside + "-replaced" if own else aside
     compared, outcome = rebuild(pair, to, reference, options, observer=observer, cancel=cancel, aside=replaced)
     if same is not None:
