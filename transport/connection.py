@@ -41,8 +41,8 @@ from transport.frames import (
 )
 from transport.tls import TlsChannel
 
-QUEUED_FRAMES = 4
-"""Frames read ahead of their consumer."""
+QUEUED_FRAMES = 2
+"""Frames read ahead of their consumer: enough to overlap, few enough to stay in the processor's cache."""
 FEATURES = ("zstd",)
 _PING = struct.Struct("<q")
 _PONG = struct.Struct("<qqq")
@@ -536,7 +536,7 @@ class Connection:
     def close(self, *, error: ReplicatorError | None = None, linger: float = 5.0) -> None:
         """Close; with ``error``, tell the peer first and let it read that (at most ``linger`` seconds). Idempotent."""
         with suppress(ReplicatorError):
-            if error is not None and self._error is None and self._aborted is None:
+            if error is not None and self._error is None and self._aborted is None and self._peer_error is None:
                 self._discard = True
                 self._drain()
                 self.send(FrameType.ERROR, (encode_error(error),))
