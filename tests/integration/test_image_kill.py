@@ -1,0 +1,126 @@
+"""The process is killed, or the file system is cut off from its disk, at random moments of real work."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.image_worker import content, open_pair, replicate
+
+FS_IOC_SHUTDOWN = 0x8004587D
+"""linux/fs.h; XFS and ext4 have it for just this kind of test."""
+NO_LOG_FLUSH = (2).to_bytes(4, "little")
+
+
+def work_until(folder: Path, delay: float, stop: Callable[[subprocess.Popen[bytes]], None]) -> list[str]:
+    """Run a worker, stop it ``delay`` seconds after it is ready; the snapshots that it said are committed."""
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.image_worker", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert worker.stdout is not None and worker.stderr is not None
+    try:
+        line = worker.stdout.readline()
+        assert line == b"ready\n", worker.stderr.read().decode()
+        select.select([], [], [], delay)
+        stop(worker)
+    finally:
+        worker.kill()
+        output, _ = worker.communicate(timeout=60)
+    return [text.split()[1] for text in output.decode().splitlines()]
+
+
+def image(folder: Path, side: str, name: str) -> Path:
+    volume = Path("=vm") if side == "source" else Path("+n", "=vm")
+    return folder / side / ".replicator" / "volumes" / volume / "snapshots" / name / "image"
+
+
+def check(folder: Path, committed: list[str]) -> None:
+    """Whatever is listed is whole; the last that was committed is there, or a later one; the next run completes."""
+    source, target = open_pair(folder)
+    for side, backend, volume in (("source", source, "vm"), ("target", target, "n/vm")):
+        assert not any("left out" in warning for warning in backend.info().warnings)
+        state = backend.state(volume)
+        for version in state.versions if state is not None else ():
+            assert image(folder, side, version.name).read_bytes() == content(int(version.name[1:])), (side, version)
+    mine, theirs = source.state("vm"), target.state("n/vm")
+    if committed:
+        assert mine is not None and theirs is not None
+        least = int(committed[-1][1:])
+        for state in (mine, theirs):
+            assert max(int(version.name[1:]) for version in state.versions) >= least
+        assert {v.guid for v in mine.versions} & {v.guid for v in theirs.versions}
+    if mine is not None and mine.versions:
+        newest = mine.versions[-1]
+        replicate(source, target, newest)
+        assert image(folder, "target", newest.name).read_bytes() == content(int(newest.name[1:]))
+
+
+def rounds(folder: Path, number: int) -> None:
+    total = 0
+    for _ in range(number):
+        committed = work_until(folder, random.uniform(0, 0.8), lambda worker: worker.kill())
+        total += len(committed)
+        check(folder, committed)
+    assert total
+
+
+def test_killed_at_random_moments_with_copies(tmp_path: Path, count: Callable[[int, int], int]) -> None:
+    rounds(tmp_path, count(5, 50))
+
+
+@pytest.mark.tier("xfs")
+def test_killed_at_random_moments_with_reflink(xfs_dir: Path, count: Callable[[int, int], int]) -> None:
+    rounds(xfs_dir, count(5, 50))
+
+
+def shut_down(mount: Path) -> None:
+    """From now on nothing reaches the disk, and what was only in memory is gone."""
+    fd = os.open(mount, os.O_RDONLY)
+    try:
+        fcntl.ioctl(fd, FS_IOC_SHUTDOWN, NO_LOG_FLUSH)
+    finally:
+        os.close(fd)
+
+
+def unmount(mount: Path) -> None:
+    """The killed worker's last threads may be a moment longer in the kernel."""
+    deadline = time.monotonic() + 30
+    while subprocess.run(["umount", str(mount)], capture_output=True, check=False, timeout=60).returncode:
+        assert time.monotonic() < deadline
+        select.select([], [], [], 0.1)
+
+
+def cut_rounds(mount: Path, number: int) -> None:
+    disk = mount.parent / "fs.img"
+    total = 0
+    for _ in range(number):
+        committed = work_until(mount, random.uniform(0, 0.8), lambda _: shut_down(mount))
+        unmount(mount)
+        subprocess.run(["mount", "-o", "loop", str(disk), str(mount)], check=True, capture_output=True, timeout=60)
+        total += len(committed)
+        check(mount, committed)
+    assert total
+
+
+@pytest.mark.tier("xfs")
+@pytest.mark.timeout(600)
+def test_xfs_cut_off_from_its_disk(xfs_dir: Path, count: Callable[[int, int], int]) -> None:
+    cut_rounds(xfs_dir, count(4, 40))
+
+
+@pytest.mark.tier("ext4")
+@pytest.mark.timeout(600)
+def test_ext4_cut_off_from_its_disk(ext4_dir: Path, count: Callable[[int, int], int]) -> None:
+    cut_rounds(ext4_dir, count(4, 40))
