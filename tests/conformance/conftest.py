@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import mounted
 from tests.support.cases import BackendCase, MemoryCase
+from tests.support.endpoint_cases import EndpointCase, open_endpoint
 from tests.support.image_case import ImageCase
 
 _NUMBERS = itertools.count()
@@ -56,3 +57,13 @@ def case(request: pytest.FixtureRequest) -> Iterator[BackendCase]:
     made = make_case(request.param, request)
     yield made
     made.backend.close()
+
+
+@pytest.fixture(params=["local-memory", "local-image-plain", "remote-memory", "remote-image-plain"])
+def near_or_far(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EndpointCase]:
+    """An endpoint of node ``one``, on this node and over a connection, over storages of two kinds."""
+    where, kind = request.param.split("-", 1)
+    storage = make_case(kind, request)
+    with open_endpoint(storage, where == "remote", tmp_path / "cluster") as case:
+        yield case
+    storage.backend.close()
