@@ -117,8 +117,9 @@ class Engine:
     def _job(self, name: str) -> Job:
         job = self._config.jobs.get(name)
         if job is None:
-            known = ", ".join(sorted(self._config.jobs)) or "none"
-            raise UsageError(f"there is no job {name!r}", hint=f"the jobs of {self._config.path} are: {known}")
+            known = ", ".join(sorted(self._config.jobs))
+            hint = f"its jobs are: {known}" if known else "it has none: add a [job.NAME]"
+            raise UsageError(f"there is no job {name!r} in {self._config.path}", hint=hint)
         return job
 
     def _jobs(self, name: str | None = None) -> tuple[Job, ...]:

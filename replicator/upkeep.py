@@ -69,6 +69,7 @@ class Upkeep:
         thread.start()
 
     def _probe(self, identity: Identity) -> None:
+        came = False
         before = {peer.node: peer.up for peer in self._node.network.peers(probe=False)}
         for peer in self._node.network.peers(probe=True):
             if peer.up != before.get(peer.node) or (not peer.up and not peer.message):
@@ -78,6 +79,9 @@ class Upkeep:
                 )
             if peer.up and not self._stop.is_set():
                 self._take_revocations(identity, peer.node)
+                came = came or not before.get(peer.node, False)
+        if came:  # its replicas could not be listed until now
+            self._node.engine.refresh()
 
     def _take_revocations(self, identity: Identity, peer: str) -> None:
         pem = self._node.network.cluster_endpoint(peer).crl()
