@@ -223,8 +223,12 @@ class Layout:
     # -- private directories
 
     def private_folder(self, volume: str) -> Path:
-        """Where a volume's snapshots and state are kept; need not exist."""
+        """Where a volume's snapshots and state are kept; need not exist.
+
+        :raises StorageError: somebody else has made our directory, or made it a link
+        """
         *parents, name = self.check(volume).split("/")
+        self._check_private()
         path = self._volumes
         for parent in parents:
             path /= _FOLDER_MARK + parent
@@ -232,15 +236,22 @@ class Layout:
 
     def make_private_folder(self, volume: str) -> Path:
         """The same, made durably if it is missing."""
+        self.check(volume)
+        self._files.ensure_directory(self.private, self.root)  # by itself: it is checked before anything is made in it
         path = self.private_folder(volume)
-        self._files.ensure_directory(path, self.root)
-        status = os.lstat(self.private)
+        self._files.ensure_directory(path, self.private)
+        return path
+
+    def _check_private(self) -> None:
+        try:
+            status = self.private.lstat()
+        except FileNotFoundError:
+            return
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
             raise StorageError(
                 f"{self.private} is not a directory that only this user can write to",
                 hint=f"chown and chmod 700 it if it is ours; else move it away: somebody else made {self.private}",
             )
-        return path
 
     # -- listing
 
