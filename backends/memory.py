@@ -10,10 +10,11 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from backends.blocks import ChunkChecker, after, changes, packed, within
+from backends.memory_volume import Partial, Stored, Volume, check_resume, continues, newest_data, next_position
 from replicator import names
 from replicator.cancellation import Cancellation
 from replicator.checksums import Checksums
@@ -31,7 +32,6 @@ from replicator.errors import (
 from replicator.model import (
     Capability,
     Lineage,
-    ResumeState,
     Role,
     StorageInfo,
     StreamKind,
@@ -45,8 +45,6 @@ from replicator.model import (
 from replicator.roles import check_may_receive
 from replicator.streams import CHUNK_SIZE, BlockChunk, ChunkStream, Extent, Stream
 
-_POSITION_STEP = 1024
-"""Between two positions, so that a snapshot kept aside fits before the one that replaces it."""
 _DIGEST_BATCH = 256
 """Digests in one batch."""
 
@@ -63,45 +61,6 @@ CAPABILITIES = (
 
 def _utc_now() -> datetime:
     return datetime.now(UTC)
-
-
-@dataclass(slots=True)
-class _Stored:
-    """A version with its data. A bookmark keeps the data only to know what changed since, as others keep digests."""
-
-    version: Version
-    data: bytes
-
-
-@dataclass(slots=True)
-class _Partial:
-    request: ReceiveRequest
-    data: bytearray
-    offset: int
-
-    @property
-    def resume(self) -> ResumeState | None:
-        """A rebuild mends what is really there, so no later stream can continue it; nor a restore."""
-        request = self.request
-        if request.mode is not ReceiveMode.REPLICA:
-            return None
-        base = request.base.guid if request.base else None
-        return ResumeState(StreamKind.BLOCKS, request.to.guid, request.to.name, base, self.offset)
-
-
-@dataclass(slots=True)
-class _Volume:
-    """:ivar head: live data; a replica has none of its own unless somebody wrote"""
-
-    head: bytearray | None = None
-    lineage: Lineage | None = None
-    stored: list[_Stored] = field(default_factory=list)
-    partial: _Partial | None = None
-
-    @property
-    def visible(self) -> bool:
-        """Whether there is more than the beginnings of a volume."""
-        return self.head is not None or self.lineage is not None or bool(self.stored)
 
 
 class MemoryBackend:
@@ -130,7 +89,7 @@ class MemoryBackend:
         self._chunk_size = chunk_size
         self._clock = clock
         self._lock = threading.RLock()
-        self._volumes: dict[str, _Volume] = {}
+        self._volumes: dict[str, Volume] = {}
         self._receiving: set[str] = set()
 
     # -- what a guest does to its disk
@@ -138,7 +97,7 @@ class MemoryBackend:
     def create(self, volume: str, data: bytes) -> None:
         """A new volume with live data."""
         with self._lock:
-            found = self._volumes.setdefault(names.check_volume(volume), _Volume())
+            found = self._volumes.setdefault(names.check_volume(volume), Volume())
             found.head = bytearray(data)
 
     def write(self, volume: str, offset: int, data: bytes) -> None:
@@ -175,7 +134,7 @@ class MemoryBackend:
         with self._lock:
             stored = self._snapshot(volume, version)
             mark = replace(stored.version, name=names.check_snapshot(name), kind=VersionKind.BOOKMARK, holds=())
-            self._volumes[volume].stored.append(_Stored(mark, stored.data))
+            self._volumes[volume].stored.append(Stored(mark, stored.data))
             return mark
 
     def rename(self, volume: str, version: VersionRef, name: str) -> None:
@@ -186,7 +145,7 @@ class MemoryBackend:
 
     # -- looking things up
 
-    def _volume(self, name: str) -> _Volume:
+    def _volume(self, name: str) -> Volume:
         found = self._volumes.get(names.check_volume(name))
         if found is None or not found.visible:
             raise NoSuchVolume(f"storage {self.name} has no volume {name}", hint="`replicator status` lists volumes")
@@ -195,14 +154,14 @@ class MemoryBackend:
     def _live(self, name: str) -> bytearray:
         volume = self._volume(name)
         if volume.head is None:
-            volume.head = bytearray(_newest_data(volume))
+            volume.head = bytearray(newest_data(volume))
         return volume.head
 
-    def _find(self, volume: _Volume, version: VersionRef) -> _Stored | None:
+    def _find(self, volume: Volume, version: VersionRef) -> Stored | None:
         found = [s for s in volume.stored if s.version.guid == version.guid]
         return min(found, key=lambda s: s.version.kind is not version.kind, default=None)
 
-    def _version(self, volume: str, version: VersionRef) -> _Stored:
+    def _version(self, volume: str, version: VersionRef) -> Stored:
         found = self._find(self._volume(volume), version)
         if found is None:
             raise NoSuchSnapshot(
@@ -211,7 +170,7 @@ class MemoryBackend:
             )
         return found
 
-    def _snapshot(self, volume: str, version: VersionRef) -> _Stored:
+    def _snapshot(self, volume: str, version: VersionRef) -> Stored:
         found = self._version(volume, version)
         if found.version.kind is not VersionKind.SNAPSHOT:
             raise NoSuchSnapshot(f"of {version.name} there is only a bookmark, without data", hint="")
@@ -238,14 +197,14 @@ class MemoryBackend:
                 return None
             versions = tuple(sorted((s.version for s in found.stored), key=lambda v: v.position))
             replica = found.lineage is not None and found.lineage.role is Role.REPLICA
-            head = found.head if found.head is not None else _newest_data(found)
+            head = found.head if found.head is not None else newest_data(found)
             return VolumeState(
                 VolumeId(self.name, volume),
                 len(head),
                 versions,
                 found.lineage,
                 found.partial.resume if found.partial else None,
-                replica and found.head is not None and bytes(found.head) != _newest_data(found),
+                replica and found.head is not None and bytes(found.head) != newest_data(found),
             )
 
     def set_lineage(self, volume: str, lineage: Lineage) -> None:
@@ -277,8 +236,8 @@ class MemoryBackend:
         if existing is not None:
             return existing
         volume, data = self._volume(name), bytes(self._live(name))
-        version = Version(snapshot, uuid.uuid4().hex, moment, _next_position(volume), size=len(data))
-        volume.stored.append(_Stored(version, data))
+        version = Version(snapshot, uuid.uuid4().hex, moment, next_position(volume), size=len(data))
+        volume.stored.append(Stored(version, data))
         return version
 
     def destroy(self, volume: str, version: VersionRef) -> None:
@@ -319,7 +278,7 @@ class MemoryBackend:
         with self._lock:
             data = self._snapshot(volume, version).data
             self._check_absent(new)
-            self._volumes[new] = _Volume(bytearray(data))
+            self._volumes[new] = Volume(bytearray(data))
             return VolumeInfo(VolumeId(self.name, new), len(data), None)
 
     def _check_absent(self, volume: str) -> None:
@@ -363,7 +322,7 @@ class MemoryBackend:
             base = self._version(volume, request.base).data if request.base else b""
         start = 0
         if request.resume is not None:
-            _check_resume(request.resume, request.base, request.to)
+            check_resume(request.resume, request.base, request.to)
             start = request.resume.offset
         found = within(request.ranges, to) if request.ranges is not None else after(start, changes(base, to))
         extents = list(found)
@@ -453,7 +412,7 @@ class MemoryBackend:
             volume.partial = None
         return stored.version
 
-    def _begin(self, request: ReceiveRequest) -> _Partial:
+    def _begin(self, request: ReceiveRequest) -> Partial:
         """The partial state to continue, or a fresh one made from the base."""
         name = request.volume.name
         base = b""
@@ -469,24 +428,24 @@ class MemoryBackend:
                 f"{request.volume} has another snapshot named {request.to.name}",
                 hint="plan again: it is then received under another name",
             )
-        volume = self._volumes.setdefault(name, _Volume())
+        volume = self._volumes.setdefault(name, Volume())
         if request.resume is not None:
             found = volume.partial.resume if volume.partial else None
-            if volume.partial is None or found is None or not _continues(request.resume, found):
+            if volume.partial is None or found is None or not continues(request.resume, found):
                 raise StaleResume(
                     f"{request.volume} has no partial state of {request.to.name} that ends at {request.resume.offset}",
                     hint="plan again",
                 )
-            _check_resume(request.resume, request.base, request.to.ref)
+            check_resume(request.resume, request.base, request.to.ref)
             volume.partial.offset = request.resume.offset
             return volume.partial
         if request.mode is not ReceiveMode.RESTORE and request.lineage is not None:
             volume.lineage = replace(request.lineage, role=Role.REPLICA)
         size = request.to.size or 0
-        volume.partial = _Partial(request, bytearray(base[:size]) + bytes(size - min(size, len(base))), 0)
+        volume.partial = Partial(request, bytearray(base[:size]) + bytes(size - min(size, len(base))), 0)
         return volume.partial
 
-    def _commit(self, request: ReceiveRequest, partial: _Partial) -> Version:
+    def _commit(self, request: ReceiveRequest, partial: Partial) -> Version:
         volume = self._volumes[request.volume.name]
         volume.partial = None
         data = bytes(partial.data)
@@ -501,12 +460,12 @@ class MemoryBackend:
         if old is not None:
             new = self._replace(volume, old, replace(new, position=old.version.position), request.aside)
         else:
-            new = replace(new, position=_next_position(volume))
-        volume.stored.append(_Stored(new, data))
+            new = replace(new, position=next_position(volume))
+        volume.stored.append(Stored(new, data))
         return new
 
     @staticmethod
-    def _replace(volume: _Volume, old: _Stored, new: Version, aside: str) -> Version:
+    def _replace(volume: Volume, old: Stored, new: Version, aside: str) -> Version:
         """Keep a replaced snapshot just before its successor, as a version of its own; holds are the successor's."""
         taken = {s.version.position for s in volume.stored}
         before = next(p for p in range(old.version.position - 1, -2, -1) if p not in taken)
@@ -522,26 +481,3 @@ class MemoryBackend:
                 found.partial = None
                 if not found.visible:
                     del self._volumes[volume]
-
-
-def _newest_data(volume: _Volume) -> bytes:
-    snapshots = [s for s in volume.stored if s.version.kind is VersionKind.SNAPSHOT and not s.version.is_diverged]
-    newest = max(snapshots, key=lambda s: s.version.position, default=None)
-    return newest.data if newest else b""
-
-
-def _next_position(volume: _Volume) -> int:
-    newest = max((s.version.position for s in volume.stored), default=0)
-    return (newest // _POSITION_STEP + 1) * _POSITION_STEP
-
-
-def _continues(resume: ResumeState, found: ResumeState) -> bool:
-    """Whether a stream for ``resume`` continues what is there. It may begin earlier: then some is done again."""
-    return resume.offset <= found.offset and replace(resume, offset=found.offset, to_name=found.to_name) == found
-
-
-def _check_resume(resume: ResumeState, base: VersionRef | None, to: VersionRef) -> None:
-    if resume.kind is not StreamKind.BLOCKS or resume.to_guid != to.guid:
-        raise StaleResume(f"the partial state is not one of {to.name}", hint="plan again")
-    if resume.base_guid != (base.guid if base else None):
-        raise StaleResume(f"the partial state of {to.name} has another base", hint="plan again")
