@@ -86,7 +86,8 @@ class ReceiveMode(StrEnum):
     """The next snapshot of a replica; ``base`` (or nothing) is there unchanged."""
     REBUILD = "rebuild"
     """As REPLICA, but the stream is against whatever ``base`` really contains; a snapshot of the identity of ``to``
-    may exist already (damaged): it is replaced at once and the old one kept as ``aside``."""
+    may exist already (damaged): it is replaced at once, in its place and with its holds, and the old one kept as
+    ``aside`` just before it, with an identity of its own. Interrupted, it leaves nothing to resume."""
     RESTORE = "restore"
     """A new writable volume without lineage; the volume must not exist; no snapshot remains."""
 
