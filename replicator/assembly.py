@@ -24,6 +24,7 @@ from replicator.storages import build_backends
 from replicator.tracker import Tracker
 from scheduler.job import JobState
 from scheduler.limits import Slots
+from scheduler.schedule import system_zone
 from scheduler.state import FileStateStore
 from transport.identity import Identity
 from transport.network import cluster_address
@@ -111,7 +112,7 @@ def assemble(config: Config, timetable: Timetable, *, daemon: bool) -> Iterator[
     with ExitStack() as stack:
         config.node.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         backends = build_backends(config.storages)
-        local = LocalEndpoint(config.node.name, backends)
+        local = LocalEndpoint(config.node.name, backends, zone=system_zone())
         stack.callback(local.close)
         identity, problem = find_identity(config)
         network = PeerNetwork(config, local, identity, problem)
