@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +38,8 @@ from replicator.streams import Stream
 _NO_DEVICES: Mapping[str, Path] = MappingProxyType({})
 DEFAULT_WORKERS = 4
 _MAX_WARNINGS = 20
+WARNINGS_AGE = 60.0
+"""Seconds."""
 
 
 def _utc_now() -> datetime:
@@ -49,6 +53,7 @@ class ImageBackend:
     :param checksums: the checksum path (``transport.checksum``)
     :param devices: block devices that are volumes to be replicated from here, by volume name
     :param workers: threads that verify and write one received stream
+    :param warnings_age: seconds for which ``info`` may repeat what it found wrong with volumes and snapshots
     :param files: what changes the file system; tests give one that fails
     """
 
@@ -64,9 +69,13 @@ class ImageBackend:
         devices: Mapping[str, Path] = _NO_DEVICES,
         workers: int = DEFAULT_WORKERS,
         files: Files | None = None,
+        warnings_age: float = WARNINGS_AGE,
     ) -> None:
         self.name = names.check_word("storage name", name)
         files = files or Files()
+        self._warnings_age = warnings_age
+        self._warnings_lock = threading.Lock()
+        self._warnings: tuple[float, tuple[str, ...]] | None = None
         self._layout = Layout(name, path, devices, files)
         self._probe = probe.Probe(path)
         self._context = Context(name, self._layout, files, checksums, workers, _utc_now, self._probe.reflink)
@@ -84,17 +93,10 @@ class ImageBackend:
     def info(self) -> StorageInfo:
         """See :class:`~backends.base.Backend`."""
         self._layout.require()
-        warnings: list[str] = []
         with self._context.errors("looking at the storage"):
             status = os.statvfs(self._layout.root)
             detail, remarks = self._probe.describe()
-            warnings.extend(remarks)
-            for volume in self._layout.listing(warnings):
-                try:
-                    self._context.catalog(volume).snapshots(warnings)
-                    self._context.catalog(volume).lineage()
-                except ReplicatorError as error:
-                    warnings.append(str(error))
+            warnings = [*remarks, *self._found_warnings()]
         if len(warnings) > _MAX_WARNINGS:
             warnings[_MAX_WARNINGS:] = [f"and {len(warnings) - _MAX_WARNINGS} more warnings"]
         return StorageInfo(
@@ -107,6 +109,26 @@ class ImageBackend:
             detail,
             tuple(warnings),
         )
+
+    def _found_warnings(self) -> tuple[str, ...]:
+        """What is wrong with volumes and snapshots. It takes reading every record of the storage, and each run asks for
+        ``info``: so what was found is used again for a while."""
+        with self._warnings_lock:
+            now = time.monotonic()
+            if self._warnings is None or now - self._warnings[0] >= self._warnings_age:
+                self._warnings = (now, tuple(self._look_for_warnings()))
+            return self._warnings[1]
+
+    def _look_for_warnings(self) -> list[str]:
+        found: list[str] = []
+        for volume in self._layout.listing(found):
+            try:
+                catalog = self._context.catalog(volume)
+                catalog.snapshots(found)
+                catalog.lineage()
+            except (ReplicatorError, OSError) as error:
+                found.append(f"{self.name}:{volume}: {error}")
+        return found
 
     # -- listings
 

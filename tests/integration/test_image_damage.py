@@ -27,7 +27,7 @@ DATA = pattern(SIZE)
 
 def make(folder: Path, files: Files | None = None) -> ImageBackend:
     folder.mkdir(exist_ok=True)
-    return ImageBackend("store", folder, checksums=checksum, files=files)
+    return ImageBackend("store", folder, checksums=checksum, files=files, warnings_age=0)
 
 
 def sending(backend: ImageBackend, base: Version | None, to: Version) -> Stream:

@@ -210,7 +210,7 @@ class Story:
 
 @contextmanager
 def opened(root: Path, files: Files | None = None) -> Iterator[ImageBackend]:
-    backend = ImageBackend("store", root, checksums=checksum, files=files, workers=2)
+    backend = ImageBackend("store", root, checksums=checksum, files=files, workers=2, warnings_age=0)
     yield backend
     backend.close()
 

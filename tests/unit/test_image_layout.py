@@ -31,7 +31,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def backend(root: Path) -> ImageBackend:
-    return ImageBackend("store", root, checksums=checksum)
+    return ImageBackend("store", root, checksums=checksum, warnings_age=0)
 
 
 BAD_NAMES = """
