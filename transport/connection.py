@@ -43,6 +43,8 @@ from transport.tls import TlsChannel
 
 QUEUED_FRAMES = 2
 """Frames read ahead of their consumer: enough to overlap, few enough to stay in the processor's cache."""
+LINGER = 2.0
+"""Seconds given to last words, ours or the peer's."""
 FEATURES = ("zstd",)
 _PING = struct.Struct("<q")
 _PONG = struct.Struct("<qqq")
@@ -188,6 +190,7 @@ class Connection:
         self._aborted: ReplicatorError | None = None
         self._goodbye = False
         self._discard = False
+        self._lingering = False
         self._peer_error: ReplicatorError | None = None
         self._reader: threading.Thread | None = None
         self.on_end: Callable[[ReplicatorError], None] = _ignore
@@ -235,8 +238,11 @@ class Connection:
             self._read_all()
         except (ProtocolError, ChecksumMismatch) as error:
             with suppress(ReplicatorError):
-                self._try_send(FrameType.ERROR, encode_error(error))
-            self._fail(error)
+                self._try_send(FrameType.ERROR, encode_error(error), wait=LINGER)
+            self._lingering = True
+            self._end(error)
+            self._linger()
+            self._channel.abort(error)
         except ReplicatorError as error:
             self._fail(error)
         except Exception as error:  # noqa: BLE001 - whatever it is, nobody may wait for this thread for ever
@@ -348,11 +354,23 @@ class Connection:
         """Of the last heartbeats the quickest, None before the first was answered."""
         return min(self._links, key=lambda link: link.round_trip, default=None)
 
+    def _linger(self) -> None:
+        """Read and drop what the peer still sends, so that no reset overtakes what was said to it."""
+        scratch = memoryview(bytearray(64 * 1024))
+        until = time.monotonic() + LINGER
+        with suppress(ReplicatorError):
+            while (left := until - time.monotonic()) > 0 and self._channel.recv_into(scratch, left):
+                pass
+
     def _fail(self, error: ReplicatorError) -> None:
+        self._channel.abort(error)
+        self._end(error)
+
+    def _end(self, error: ReplicatorError) -> None:
+        """Nothing more is sent or delivered; whoever waits is told."""
         first = self._error is None
         if first:
             self._error = error
-        self._channel.abort(error)
         with suppress(queue.Full):
             self._inbox.put_nowait(None)
         if first:
@@ -404,6 +422,8 @@ class Connection:
             try:
                 self._send_locked(header, parts, self.deadlines.send)
             except ReplicatorError as error:
+                if isinstance(error, ConnectionLost) and self._aborted is None and self._reader is not None:
+                    self._reader.join(LINGER)  # the peer may have said why; its words are read before the end is
                 self._fail(error)
                 raise self._aborted or self._peer_error or error from None
         return size
@@ -412,15 +432,16 @@ class Connection:
         """Send a frame whose payload was compressed."""
         return self.send(kind, (packed,), stream=stream, flags=FLAG_COMPRESSED, plain=plain)
 
-    def _try_send(self, kind: FrameType, payload: bytes) -> bool:
+    def _try_send(self, kind: FrameType, payload: bytes, *, wait: float = 0.0) -> bool:
         """Send a heartbeat, unless somebody is sending or the peer is not reading: this thread must not wait for it."""
-        if not self._write.acquire(blocking=False):
+        if not self._write.acquire(timeout=wait):
             return False
         try:
             if not self._channel.writable():
                 return False
             header, _ = self._header(kind, (payload,), 0, 0, None)
-            self._send_locked(header, (payload,), self.deadlines.silence)
+            with suppress(ConnectionLost):  # reading tells why it was lost
+                self._send_locked(header, (payload,), self.deadlines.silence)
         finally:
             self._write.release()
         return True
@@ -546,6 +567,8 @@ class Connection:
                     )  # what the peer still sends is read and dropped, so no reset eats the error
             elif self.usable:
                 self._try_send(FrameType.GOODBYE, b"")
+        if self._lingering and self._reader is not None:
+            self._reader.join(linger)
         self._fail(ConnectionLost("the connection was closed by this node", hint=""))
         if self._reader is not None and self._reader is not threading.current_thread():
             self._drain()

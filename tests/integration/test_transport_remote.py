@@ -90,7 +90,7 @@ def stream_of(pieces: Iterator[bytes]) -> ChunkStream:
     return ChunkStream(StreamKind.NATIVE, chunks())
 
 
-def once(event: threading.Event, then: Callable[[], None]) -> None:
+def once(event: threading.Event, then: Callable[[], object]) -> None:
     """Do something in a thread as soon as an event has come."""
 
     def run() -> None:
@@ -233,7 +233,7 @@ def test_the_sources_error_reaches_the_target(tmp_path: Path) -> None:
 def test_cancelling_a_push_ends_both_sides_at_once(tmp_path: Path) -> None:
     cancel, sink = Cancellation(), Sink()
     with to_sink(tmp_path, sink) as remote:
-        once(sink.began, lambda: cancel.cancel(None))
+        once(sink.began, cancel.cancel)
         with pytest.raises(Cancelled):
             remote.receive(native(), stream_of(endless()), cancel)
         assert sink.ended.wait(10)
@@ -250,7 +250,7 @@ def test_cancelling_unblocks_a_source_that_waits_for_a_stuck_target(tmp_path: Pa
     sink = Sink(on_chunk=wait)
     with to_sink(tmp_path, sink) as remote:
         threading.Thread(
-            target=lambda: (sink.began.wait(10), cancel.cancel(DeadlineExceeded("it stood still")))
+            target=lambda: (sink.began.wait(10), cancel.cancel(DeadlineExceeded("it stood still")))  # type: ignore[func-returns-value]
         ).start()
         with pytest.raises(DeadlineExceeded, match="stood still"):
             remote.receive(native(), stream_of(endless()), cancel)
@@ -423,10 +423,9 @@ def test_a_wrong_frame_checksum(tmp_path: Path) -> None:
 )
 def test_a_stream_bound_to_something_else(tmp_path: Path, changes: dict[str, Any]) -> None:
     sink = Sink()
-    with pushing(tmp_path, sink) as (connection, raw):
-        with pytest.raises(ChecksumMismatch, match="whole stream"):
-            StreamSender(connection, 1, binding(raw, **changes), None).send_all(stream_of(iter([b"data"])))
-            connection.receive(10)
+    with pushing(tmp_path, sink) as (connection, raw), pytest.raises(ChecksumMismatch, match="whole stream"):
+        StreamSender(connection, 1, binding(raw, **changes), None).send_all(stream_of(iter([b"data"])))
+        connection.receive(10)
     assert [type(e) for e in sink.errors] == [ChecksumMismatch]
 
 
