@@ -1,0 +1,224 @@
+"""Requests and answers: whole, strict, and checked at the border in both directions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from replicator.endpoint import (
+    MAX_RANGES,
+    DigestRequest,
+    PruneOutcome,
+    PruneRequest,
+    Range,
+    ReceiveMode,
+    ReceiveRequest,
+    SendRequest,
+    SnapshotRequest,
+)
+from replicator.errors import InvalidName, ProtocolError, ReplicatorError
+from replicator.model import (
+    Capability,
+    Lineage,
+    ResumeState,
+    Role,
+    StorageInfo,
+    StreamKind,
+    Version,
+    VersionKind,
+    VolumeId,
+    VolumeInfo,
+    VolumeState,
+)
+from transport import messages
+from transport.messages import (
+    ANSWERS,
+    REQUEST_CAP,
+    Request,
+    decode_answer,
+    decode_request,
+    encode_answer,
+    encode_request,
+)
+
+KEY = "ab" * 32
+VOLUME = VolumeId("tank", "two/vm-1")
+VERSION = Version("v1", "guid-1", datetime(2026, 11, 20, 1, 2, 3, 456789, tzinfo=UTC), 7, size=10, holds=("a:b",))
+LINEAGE = Lineage("6f0c9a52-1111-4222-8333-444455556666", Role.REPLICA, 3)
+RESUME = ResumeState(StreamKind.NATIVE, "guid-1", "v1", None, 5, "token")
+RECEIVE = ReceiveRequest(
+    VOLUME, LINEAGE, VERSION.ref, VERSION, KEY, ReceiveMode.REBUILD, StreamKind.NATIVE, "tag", RESUME, "diverged-x"
+)
+REQUESTS: list[Request] = [
+    messages.Storages(),
+    messages.Storage("tank"),
+    messages.Volumes("tank"),
+    messages.State(VOLUME),
+    messages.EnsurePrimary(VOLUME),
+    messages.Snapshot(SnapshotRequest((VOLUME, VolumeId("tank", "ü b")), "s")),
+    messages.Hold(VOLUME, VERSION.ref, "replicator:a"),
+    messages.Release(VOLUME, VERSION.ref, "replicator:a"),
+    messages.Estimate(VOLUME, None, VERSION.ref),
+    messages.Send(SendRequest(VOLUME, VERSION.ref, VERSION.ref, KEY, LINEAGE, True, RESUME)),
+    messages.Send(SendRequest(VOLUME, None, VERSION.ref, KEY, ranges=(Range(0, 5), Range(5, 1)))),
+    messages.Receive(RECEIVE, 12),
+    messages.AbortReceive(VOLUME),
+    messages.Digests(DigestRequest(VOLUME, VERSION.ref, KEY, 65536, 3)),
+    messages.SetAside(VOLUME, "diverged-1"),
+    messages.Adopt(VOLUME, LINEAGE),
+    messages.Prune(PruneRequest(VOLUME, "job", "last=3", ("g",), dry_run=True)),
+    messages.Clone(VOLUME, VERSION.ref, VOLUME),
+    messages.GetCrl(),
+    messages.Renew("csr"),
+]
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=messages.operation)
+def test_requests_come_out_as_they_went_in(request_: Request) -> None:
+    assert decode_request(encode_request(request_)) == request_
+
+
+def test_every_request_has_a_sample_and_an_answer() -> None:
+    assert {type(r) for r in REQUESTS} == set(ANSWERS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (None, None),
+        (int | None, 5),
+        (
+            tuple[StorageInfo, ...],
+            (StorageInfo("t", "zfs", StreamKind.NATIVE, Capability.SEND | Capability.CLONE, 2, 1, "d", ("w",)),),
+        ),
+        (tuple[VolumeInfo, ...], (VolumeInfo(VOLUME, None, LINEAGE), VolumeInfo(VOLUME, 3, None))),
+        (
+            VolumeState | None,
+            VolumeState(VOLUME, 5, (VERSION, replace(VERSION, kind=VersionKind.BOOKMARK)), LINEAGE, RESUME),
+        ),
+        (tuple[PruneOutcome, ...], (PruneOutcome(VERSION, False, "old", "busy"),)),
+    ],
+)
+def test_answers_come_out_as_they_went_in(kind: Any, value: Any) -> None:
+    assert decode_answer(kind, encode_answer(kind, value)) == value
+
+
+def change(request_: Request, path: str, value: object) -> bytes:
+    """A request's JSON with one field replaced."""
+    facts = json.loads(encode_request(request_))
+    place, steps = facts["args"], path.split(".")
+    for step in steps[:-1]:
+        place = place[int(step)] if step.isdigit() else place[step]
+    place[steps[-1]] = value
+    return json.dumps(facts).encode()
+
+
+RECEIVING, SENDING, RANGED = REQUESTS[11], REQUESTS[9], REQUESTS[10]
+
+
+@pytest.mark.parametrize(
+    ("request_", "path", "value"),
+    [
+        (REQUESTS[3], "volume.name", "../etc"),
+        (REQUESTS[3], "volume.name", "/etc"),
+        (REQUESTS[3], "volume.name", "a@b"),
+        (REQUESTS[3], "volume.name", "a\x00b"),
+        (REQUESTS[3], "volume.storage", "a/b"),
+        (REQUESTS[3], "volume.name", 5),
+        (REQUESTS[3], "volume", None),
+        (REQUESTS[6], "tag", "a b"),
+        (REQUESTS[6], "version.name", "x/y"),
+        (REQUESTS[6], "version.guid", "../x"),
+        (REQUESTS[6], "version.kind", "tape"),
+        (RECEIVING, "request.key", KEY[:-1]),
+        (RECEIVING, "request.key", KEY.upper()),
+        (RECEIVING, "request.to.size", -1),
+        (RECEIVING, "request.to.size", 2**56 + 1),
+        (RECEIVING, "request.to.size", "5"),
+        (RECEIVING, "request.to.size", 1.5),
+        (RECEIVING, "request.to.kind", "bookmark"),
+        (RECEIVING, "request.to.created", "yesterday"),
+        (RECEIVING, "request.lineage.epoch", 0),
+        (RECEIVING, "request.lineage.epoch", True),
+        (RECEIVING, "request.resume.offset", -1),
+        (RECEIVING, "request.resume.token", "x" * 70000),
+        (RECEIVING, "request.aside", "a/b"),
+        (RECEIVING, "request.mode", "force"),
+        (RECEIVING, "estimate", -1),
+        (RANGED, "request.ranges", [{"offset": 5, "length": 5}, {"offset": 9, "length": 1}]),
+        (RANGED, "request.ranges", [{"offset": 0, "length": 0}]),
+        (RANGED, "request.ranges", [{"offset": 2**56, "length": 1}]),
+        (RANGED, "request.ranges", [{"offset": i * 2, "length": 1} for i in range(MAX_RANGES + 1)]),
+        (SENDING, "request.ranges", []),
+        (REQUESTS[5], "request.volumes", []),
+        (REQUESTS[13], "request.block_size", 0),
+        (REQUESTS[13], "request.block_size", 2**30),
+        (REQUESTS[13], "request.offset", 65537),
+        (REQUESTS[16], "request.job", "../job"),
+        (REQUESTS[16], "request.protect", ["../g"]),
+        (REQUESTS[19], "csr", "x" * 10000),
+    ],
+)
+def test_what_is_out_of_range_is_refused(request_: Request, path: str, value: object) -> None:
+    with pytest.raises((ProtocolError, InvalidName)):
+        decode_request(change(request_, path, value))
+
+
+def test_names_are_checked_on_the_way_out_and_in_listings_too() -> None:
+    bad = VolumeId("tank", "../etc")
+    with pytest.raises(InvalidName):
+        encode_request(messages.State(bad))
+    listing = encode_answer(tuple[VolumeInfo, ...], (VolumeInfo(VOLUME, None, None),)).replace(b"two/vm-1", b"../etc")
+    with pytest.raises(InvalidName):
+        decode_answer(tuple[VolumeInfo, ...], listing)
+
+
+def test_unknown_fields_are_ignored_and_missing_ones_are_not() -> None:
+    facts = json.loads(encode_request(REQUESTS[3]))
+    facts["args"]["later"] = 1
+    assert decode_request(json.dumps(facts).encode()) == REQUESTS[3]
+    del facts["args"]["volume"]
+    with pytest.raises(ProtocolError, match="volume"):
+        decode_request(json.dumps(facts).encode())
+
+
+def test_the_longest_request_fits_its_cap() -> None:
+    ranges = tuple(Range(2**55 + i * 2**20, 2**19) for i in range(MAX_RANGES))
+    assert len(encode_request(messages.Send(SendRequest(VOLUME, None, VERSION.ref, KEY, ranges=ranges)))) < REQUEST_CAP
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@given(st.binary(max_size=200) | json_values.map(lambda v: json.dumps(v).encode()))
+def test_arbitrary_messages_only_raise_typed_errors(data: bytes) -> None:
+    with pytest.raises(ReplicatorError):
+        decode_request(data)
+
+
+@given(st.sampled_from(REQUESTS), st.data())
+def test_changed_requests_are_valid_or_refused(request_: Request, data: st.DataObject) -> None:
+    facts = json.loads(encode_request(request_))
+    place = facts["args"]
+    while isinstance(place, dict) and place:
+        name = data.draw(st.sampled_from(sorted(place)))
+        if isinstance(place[name], dict) and data.draw(st.booleans()):
+            place = place[name]
+            continue
+        place[name] = data.draw(json_values)
+        break
+    try:
+        found = decode_request(json.dumps(facts).encode())
+    except ReplicatorError:
+        return
+    messages.check(found)
