@@ -187,9 +187,9 @@ def _base_damaged(extent: Extent, guard: Guard) -> bool:
     return bool(guard.damaged(first, -(-end // BLOCK_SIZE) - first))
 
 
-def total(extents: Iterable[Extent]) -> int:
-    """Bytes of all extents."""
-    return sum(extent.length for extent in extents)
+def total(extents: Iterable[Extent], start: int = 0) -> int:
+    """Bytes of all extents from offset ``start`` on."""
+    return sum(max(0, extent.end - max(extent.offset, start)) for extent in extents)
 
 
 def mapped_estimate(newer: Image, older: Image) -> Iterator[Extent]:

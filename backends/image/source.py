@@ -144,10 +144,11 @@ class ChangeFinder:
             changes.block_extents(self.image, differing, start), changes.full(self.image, max(start, grown))
         )
 
-    def estimate(self) -> int | None:
-        """Bytes of changes, from mappings and kept digests alone; None where only reading could tell."""
+    def estimate(self, start: int = 0) -> int | None:
+        """Bytes of changes from offset ``start`` on, by mappings and kept digests alone; None where only reading could
+        tell."""
         if self.base is None or self._base_image is None:
-            return changes.total(changes.full(self.image, 0))
+            return changes.total(changes.full(self.image, start))
         if self.to.meta.digests and self.base.meta.digests:
             key = self._catalog.known_key()
             try:
@@ -155,14 +156,15 @@ class ChangeFinder:
                     open_digests(self.to.digests, self._context.checksums, key, self.to.meta) as mine,
                     open_digests(self.base.digests, self._context.checksums, key, self.base.meta) as theirs,
                 ):
-                    differing = BLOCK_SIZE * sum(1 for _ in changes.digested(mine, theirs, self._context.checksums))
+                    differing = changes.digested(mine, theirs, self._context.checksums)
+                    blocks = (Extent(block * BLOCK_SIZE, BLOCK_SIZE) for block in differing)
                     grown = changes.full(self.image, min(mine.blocks, theirs.blocks) * BLOCK_SIZE)
-                    return differing + changes.total(grown)
+                    return changes.total(blocks, start) + changes.total(grown, start)
             except BadRecord:
                 return None
         if self.to.meta.digests or self.base.meta.digests or not _has_maps(self.image.fd):
             return None
-        return changes.total(changes.mapped_estimate(self.image, self._base_image))
+        return changes.total(changes.mapped_estimate(self.image, self._base_image), start)
 
 
 def _has_maps(fd: int) -> bool:
@@ -195,7 +197,7 @@ def open_stream(context: Context, request: SendRequest, cancel: Cancellation) ->
         if request.ranges is not None:
             size: int | None = sum(part.length for part in request.ranges)
         else:
-            size = finder.estimate() if not start else None
+            size = finder.estimate(start)
     except BaseException:
         finder.close()
         raise
