@@ -78,8 +78,13 @@ class Pair:
 
 
 def _snapshots(root: Path) -> dict[str, Path]:
-    found = root.glob(".replicator/**/snapshots/*/image")
-    return {path.parent.name: path.parent for path in found if not path.parent.name.startswith(".")}
+    """Names that begin with a dot are not snapshots (yet); they may vanish while this looks."""
+    found: dict[str, Path] = {}
+    for folder, folders, files in os.walk(root / ".replicator"):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if "image" in files and Path(folder).parent.name == "snapshots":
+            found[Path(folder).name] = Path(folder)
+    return found
 
 
 def fill(image: Path, size: int, *, seed: int = 1, density: float = 1.0) -> None:
