@@ -7,9 +7,7 @@ memory stays bounded. A connection that saw an error is closed and not used agai
 
 from __future__ import annotations
 
-import json
 import queue
-import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,34 +20,27 @@ from replicator.errors import (
     DeadlineExceeded,
     ProtocolError,
     ReplicatorError,
-    rebuild_error,
 )
 from replicator.streams import Buffer
 from transport.checksum import crc32c
 from transport.frames import (
-    CAPS,
     CONTROL_PIECE,
     FLAG_COMPRESSED,
     FLAG_MORE,
     SUSPICIOUS,
-    VERSION,
     BufferPool,
     Frame,
     FrameDecoder,
     FrameType,
     encode_header,
 )
+from transport.payloads import PING, PONG, ClockFilter, Hello, Link, decode_error, encode_error
 from transport.tls import TlsChannel
 
 QUEUED_FRAMES = 2
 """Frames read ahead of their consumer: enough to overlap, few enough to stay in the processor's cache."""
 LINGER = 2.0
 """Seconds given to last words, ours or the peer's."""
-FEATURES = ("zstd",)
-_PING = struct.Struct("<q")
-_PONG = struct.Struct("<qqq")
-_SAMPLES = 8
-"""Heartbeats of which the quickest tells round trip and clock difference, as NTP's clock filter does (RFC 5905, 10)."""
 
 _COMMON = {FrameType.ERROR, FrameType.PING, FrameType.PONG, FrameType.GOODBYE}
 FROM_CLIENT = frozenset({*_COMMON, FrameType.REQUEST, FrameType.DATA, FrameType.BLOCKS, FrameType.END})
@@ -85,68 +76,6 @@ class Deadlines:
     send: float = 600.0
     answer: float = 3600.0
     idle: float = 300.0
-
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """What a node says of itself first."""
-
-    node: str
-    version: int = VERSION
-    features: tuple[str, ...] = FEATURES
-
-    def encode(self) -> bytes:
-        """As JSON."""
-        return json.dumps({"version": self.version, "node": self.node, "features": list(self.features)}).encode()
-
-    @classmethod
-    def decode(cls, data: Buffer) -> Hello:
-        """:raises ProtocolError: not a hello, or of another version"""
-        try:
-            facts = json.loads(bytes(data))
-            node, version, features = facts["node"], facts["version"], facts["features"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ProtocolError("the peer's hello cannot be read", hint=SUSPICIOUS) from None
-        good = isinstance(node, str) and isinstance(features, list) and all(isinstance(f, str) for f in features)
-        if not good or not isinstance(version, int):
-            raise ProtocolError("the peer's hello has values of wrong types", hint=SUSPICIOUS)
-        if version != VERSION:
-            raise ProtocolError(
-                f"node {node[:80]} speaks version {version} of the protocol, this one version {VERSION}",
-                hint="install the same version of replicator on both nodes",
-            )
-        return cls(node, version, tuple(features))
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """What heartbeats tell of the way to a peer, in seconds.
-
-    :ivar round_trip: there and back
-    :ivar clock_difference: the peer's clock less ours
-    """
-
-    round_trip: float
-    clock_difference: float
-
-
-def encode_error(error: ReplicatorError) -> bytes:
-    """An ERROR payload; long texts are cut to fit."""
-    facts = {"code": error.code, "message": error.message[:4000], "hint": error.hint[:1500]}
-    data = json.dumps(facts, ensure_ascii=False).encode("utf-8", "replace")
-    if len(data) > CAPS[FrameType.ERROR]:
-        data = json.dumps({"code": error.code, "message": error.message[:500], "hint": ""}).encode()
-    return data
-
-
-def decode_error(payload: Buffer, peer: str) -> ReplicatorError:
-    """The error that a peer sent; anything unreadable is a ProtocolError."""
-    try:
-        facts = json.loads(bytes(payload))
-        code, message, hint = (str(facts[key]) for key in ("code", "message", "hint"))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return ProtocolError(f"node {peer} sent an error that cannot be read", hint=SUSPICIOUS)
-    return rebuild_error(code, message, hint)
 
 
 def _ignore(error: ReplicatorError) -> None:
@@ -185,7 +114,7 @@ class Connection:
         self._stream = 0
         self._pongs: list[bytes] = []
         self._pinged = 0
-        self._links: list[Link] = []
+        self._clock_filter = ClockFilter(longest=deadlines.silence)
         self._error: ReplicatorError | None = None
         self._aborted: ReplicatorError | None = None
         self._goodbye = False
@@ -287,13 +216,13 @@ class Connection:
     def _handle(self, frame: Frame) -> bool:
         """Deal with what is not for the consumer; whether that was it."""
         if frame.type is FrameType.PING:
-            self._check_size(frame, _PING.size)
+            self._check_size(frame, PING.size)
             received = self._wall_clock()
-            self._pongs = [*self._pongs[-3:], bytes(frame.payload) + _PING.pack(received)]
+            self._pongs = [*self._pongs[-3:], bytes(frame.payload) + PING.pack(received)]
             self._send_pending()
         elif frame.type is FrameType.PONG:
-            self._check_size(frame, _PONG.size)
-            self._learn(*_PONG.unpack(frame.payload))
+            self._check_size(frame, PONG.size)
+            self._clock_filter.learn(PONG.unpack(frame.payload), self._pinged, self._wall_clock())
         elif frame.type is FrameType.GOODBYE:
             self._goodbye = True
         elif self._discard:
@@ -328,31 +257,21 @@ class Connection:
 
     def _tick(self) -> None:
         self._pinged = self._wall_clock()
-        self._try_send(FrameType.PING, _PING.pack(self._pinged))
+        self._try_send(FrameType.PING, PING.pack(self._pinged))
         self._send_pending()
 
     def _send_pending(self) -> None:
         while self._pongs:
             pong = self._pongs[0]
-            if not self._try_send(FrameType.PONG, pong + _PING.pack(self._wall_clock())):
+            if not self._try_send(FrameType.PONG, pong + PING.pack(self._wall_clock())):
                 return  # somebody is sending, which is as good a sign of life; the next tick tries again
             with suppress(ValueError):
                 self._pongs.remove(pong)
 
-    def _learn(self, sent: int, received: int, answered: int) -> None:
-        if sent != self._pinged:
-            return
-        now = self._wall_clock()
-        round_trip = (now - sent) - (answered - received)
-        if round_trip < 0 or round_trip > self.deadlines.silence * 1e9:
-            return  # a clock was set meanwhile
-        difference = ((received - sent) + (answered - now)) / 2
-        self._links = [*self._links[1 - _SAMPLES :], Link(round_trip / 1e9, difference / 1e9)]
-
     @property
     def link(self) -> Link | None:
-        """Of the last heartbeats the quickest, None before the first was answered."""
-        return min(self._links, key=lambda link: link.round_trip, default=None)
+        """Round trip and clock difference, None before the first heartbeat was answered."""
+        return self._clock_filter.best
 
     def _linger(self) -> None:
         """Read and drop what the peer still sends, so that no reset overtakes what was said to it."""

@@ -37,7 +37,6 @@ from replicator.errors import (
 )
 from replicator.streams import Buffer
 from transport import certificates
-from transport.connection import decode_error, encode_error
 from transport.frames import SUSPICIOUS, FrameDecoder, FrameType, encode
 from transport.identity import (
     FOLDER,
@@ -49,6 +48,7 @@ from transport.identity import (
     sync_directory,
     write_file,
 )
+from transport.payloads import decode_error, encode_error
 from transport.tls import ALPN_JOIN, Refusal, Refused, TlsChannel, client_context
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,9 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from replicator.errors import ConnectionLost, ReplicatorError
 from transport import network
-from transport.connection import FROM_SERVER, Connection, Deadlines, Link
+from transport.connection import FROM_SERVER, Connection, Deadlines
 from transport.identity import Identity
+from transport.payloads import Link
 from transport.peers import verify_peer
 from transport.tls import ALPN, Refused, TlsChannel
 

@@ -22,9 +22,10 @@ from replicator.model import Lineage, StorageInfo, Version, VersionRef, VolumeId
 from replicator.streams import ChunkStream, Stream
 from transport import messages
 from transport.compression import AdaptiveCompressor
-from transport.connection import Connection, Link
+from transport.connection import Connection
 from transport.frames import Frame, FrameType
 from transport.messages import RESPONSE_CAP, Request, StreamOpened
+from transport.payloads import Link
 from transport.pool import Pool
 from transport.wirestream import StreamBinding, StreamReceiver, StreamSender
 

@@ -29,10 +29,11 @@ from replicator.errors import (
 )
 from transport import certificates
 from transport.authorization import Authority, PeerRights
-from transport.connection import FROM_CLIENT, Connection, Deadlines, encode_error
+from transport.connection import FROM_CLIENT, Connection, Deadlines
 from transport.frames import FrameType, encode
 from transport.identity import Identity
 from transport.joining import serve_join
+from transport.payloads import encode_error
 from transport.peers import verify_peer
 from transport.session import Observer, Session
 from transport.tls import ALPN, ALPN_JOIN, Refusal, Refused, TlsChannel

@@ -36,6 +36,7 @@ from transport import certificates, messages
 from transport.authorization import PeerRights
 from transport.connection import Connection
 from transport.frames import FrameType, encode_header
+from transport.payloads import ClockFilter
 from transport.pool import Dialer, Pool
 from transport.remote import RemoteEndpoint
 from transport.wirestream import StreamBinding, StreamSender
@@ -478,7 +479,7 @@ def test_heartbeats_tell_round_trip_and_clock_difference(tmp_path: Path) -> None
         assert remote.link() is None
         connection, _ = remote._pool.take()
         connection._wall_clock = lambda: time.time_ns() - 60_000_000_000  # this node's clock is a minute behind
-        connection._links = []
+        connection._clock_filter = ClockFilter(longest=10)
         until = time.monotonic() + 10
         while connection.link is None and time.monotonic() < until:
             connection.poll(0.05)
@@ -488,6 +489,25 @@ def test_heartbeats_tell_round_trip_and_clock_difference(tmp_path: Path) -> None
         assert link.clock_difference == pytest.approx(60, abs=5)
         remote._pool.give(connection)
         remote.close()
+
+
+def test_a_heartbeat_never_waits_for_a_peer_that_does_not_read(tmp_path: Path) -> None:
+    asked = threading.Semaphore(0)
+
+    def full() -> bool:
+        asked.release()
+        return False
+
+    with to_sink(tmp_path, Sink()) as remote:
+        connection, _ = remote._pool.take()
+        connection._channel.writable = full  # type: ignore[method-assign]
+        assert asked.acquire(timeout=10)
+        sent = connection._channel.sent
+        for _ in range(3):
+            assert asked.acquire(timeout=10)
+        assert connection._channel.sent == sent
+        assert connection.usable
+        remote._pool.give(connection)
 
 
 def test_a_busy_storage_is_not_taken_for_a_dead_node(tmp_path: Path) -> None:

@@ -35,10 +35,11 @@ from tests.support.transport import HOST, SHORT, Cluster, Peers, add_node, make_
 from transport import certificates
 from transport.authorization import PeerRights
 from transport.certificates import Validity
-from transport.connection import FROM_SERVER, Connection, Hello
+from transport.connection import FROM_SERVER, Connection
 from transport.frames import FrameDecoder, FrameType, encode
 from transport.identity import FOLDER, Identity, create_cluster, store
 from transport.joining import JoinToken, invite, join
+from transport.payloads import Hello
 from transport.remote import RemoteEndpoint
 from transport.server import Caps, Server
 from transport.tls import ALPN_JOIN, Refusal, TlsChannel, client_context
