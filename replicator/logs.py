@@ -31,6 +31,10 @@ _BARE = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but space, '"', '=' an
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
+_OURS = ("replicator", "backends", "scheduler", "transport")
+_STANDARD = frozenset((*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"))
+"""What every record has; anything else was given as ``extra`` and is a field, for our own loggers."""
+
 Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["text", "json"]
 
@@ -68,7 +72,7 @@ def setup(format: Format = "text", level: Level = "info", stream: TextIO | None 
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(max(_LEVELS[level], logging.WARNING))
-    for ours in ("replicator", "backends", "scheduler", "transport"):
+    for ours in _OURS:
         logging.getLogger(ours).setLevel(_LEVELS[level])
     logging.captureWarnings(True)
     return handler
@@ -84,6 +88,8 @@ class _Formatter(logging.Formatter):
             "event": _plain(record.getMessage()),
         }
         given = getattr(record, _FIELDS, None)
+        if given is None and record.name.partition(".")[0] in _OURS:
+            given = {key: value for key, value in vars(record).items() if key not in _STANDARD}
         if isinstance(given, Mapping):
             for key, value in list(given.items())[:MAX_FIELDS]:
                 if value is not None:

@@ -9,6 +9,7 @@ from the configuration, from what storages list, or from fixed sets, never from 
 from __future__ import annotations
 
 import platform
+import re
 import sys
 import threading
 from bisect import bisect_left
@@ -22,7 +23,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric as Family
 
 from replicator.control import State
-from replicator.errors import error_classes
 from replicator.history import BAD, Outcome
 from replicator.metrics_table import METRICS, Metric, markdown
 from replicator.version import version
@@ -31,8 +31,9 @@ STATES = tuple(state.value.replace(" ", "_") for state in State)
 """Values of the label ``state``."""
 OTHER = "other"
 """The label value of whatever is not in a fixed set."""
-REFUSALS = frozenset({*error_classes(), "stalled", "too_many_connections"})
-"""Values of the label ``reason``: codes of errors, and what has none."""
+MAX_REASONS = 32
+"""Distinct values of the label ``reason``, at most; what would be more is counted as ``other``."""
+_REASON = re.compile(r"[a-z][a-z_]{0,39}")
 
 _BY_NAME = {metric.name: metric for metric in METRICS}
 _Labels = tuple[str, ...]
@@ -99,6 +100,7 @@ class Metrics:
         self._clock = clock
         self._lock = threading.Lock()
         self._store = _Store()
+        self._reasons: set[str] = set()
         self._registry = CollectorRegistry()
         self._registry.register(_Collector(self._families))
         ProcessCollector(registry=self._registry)
@@ -223,10 +225,12 @@ class Metrics:
             self._store.set("replicator_peer_clock_difference_seconds", (name,), clock_difference)
 
     def refused(self, reason: str) -> None:
-        """A connection or a request was refused; ``reason`` is the error's code."""
+        """A connection or a request was refused; ``reason`` is a short word such as ``unlisted``."""
         with self._lock:
-            known = reason if reason in REFUSALS else OTHER
-            self._store.add("replicator_connections_refused_total", (known,), 1)
+            if reason not in self._reasons and (len(self._reasons) >= MAX_REASONS or not _REASON.fullmatch(reason)):
+                reason = OTHER
+            self._reasons.add(reason)
+            self._store.add("replicator_connections_refused_total", (reason,), 1)
 
     def scheduler_tick(self, moment: datetime | None = None) -> None:
         """The scheduler is at work; call it at least every minute."""

@@ -6,11 +6,14 @@ import json
 import os
 import shutil
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.support.cluster import JOB, MIB, VOLUME, Pair, change, cluster, fill
+from transport.identity import Identity
 
 
 def _sync(pair: Pair) -> None:
@@ -64,6 +67,33 @@ def test_resync_after_the_target_was_lost(tmp_path: Path) -> None:
         _sync(pair)
         shutil.rmtree(pair.replicas / ".replicator")
         pair.a.must("resync", VOLUME, "--yes")
+        pair.assert_equal()
+
+
+def test_a_target_whose_snapshots_were_all_deleted_gets_a_full_copy(tmp_path: Path) -> None:
+    with cluster(tmp_path) as pair:
+        fill(pair.image, 8 * MIB)
+        _sync(pair)
+        for folder in pair.replica_snapshots().values():
+            shutil.rmtree(folder)
+        pair.a.must("resync", VOLUME, "--yes")
+        pair.assert_equal()
+
+
+def test_a_source_whose_common_snapshot_was_deleted_is_a_conflict_that_resync_resolves(tmp_path: Path) -> None:
+    with cluster(tmp_path) as pair:
+        fill(pair.image, 8 * MIB)
+        _sync(pair)
+        for folder in pair.source_snapshots().values():
+            shutil.rmtree(folder)
+        done = pair.a.run("sync", JOB, "--json")
+        assert done.returncode == 1
+        assert "resync" in done.stdout
+        before = pair.replica_snapshots().keys()
+        done = pair.a.run("resync", VOLUME, "--yes", "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)[0]["sent"] < MIB, "blocks that are equal were sent"
+        assert before <= pair.replica_snapshots().keys(), "resync destroyed snapshots of the target"
         pair.assert_equal()
 
 
@@ -162,6 +192,29 @@ def test_without_a_right_to_the_storage_the_run_is_refused_and_says_so(tmp_path:
         assert done.returncode == 1
         assert "may_push_to" in done.stdout + done.stderr
         assert not pair.replica_snapshots()
+        text = httpx.get(f"http://{pair.addresses[1]}:9571/metrics", timeout=10).text
+        assert 'replicator_connections_refused_total{reason="unauthorized"}' in text
+        assert "unauthorized" in pair.b.tail()
+
+
+def test_certificates_are_renewed_before_they_expire(tmp_path: Path) -> None:
+    with cluster(tmp_path) as pair:
+        fill(pair.image, MIB)
+        pair.stop()
+        long_ago = datetime.now(UTC) - timedelta(days=345)
+        authority = Identity(pair.a.state_dir, clock=lambda: long_ago)
+        for node in (pair.a, pair.b):
+            identity = Identity(node.state_dir)
+            key, request = identity.renewal_request()
+            identity.install(key, authority.sign(identity.node, request))
+            assert identity.needs_renewal()
+        pair.a.start()
+        pair.b.start()
+        deadline = time.monotonic() + 30
+        while any(Identity(node.state_dir).needs_renewal() for node in (pair.a, pair.b)):
+            assert time.monotonic() < deadline, pair.a.tail() + pair.b.tail()
+            time.sleep(0.1)
+        _sync(pair)
 
 
 def test_a_revoked_node_is_refused(tmp_path: Path) -> None:

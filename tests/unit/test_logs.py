@@ -105,3 +105,13 @@ def test_levels() -> None:
 
 def test_long_values_are_cut() -> None:
     assert len(written("text", value="x" * 10**6, many=list(range(10**5)))) < 4 * logs.MAX_VALUE
+
+
+def test_what_our_loggers_give_as_extra_is_a_field_and_what_libraries_give_is_not() -> None:
+    stream = io.StringIO()
+    logs.setup("text", "info", stream)
+    logging.getLogger("transport.server").warning("refused", extra={"peer": "prox 2", "reason": "unlisted"})
+    logging.getLogger("somebody.else").warning("hello", extra={"peer": "prox2"})
+    ours, theirs = stream.getvalue().splitlines()
+    assert ours.endswith('event=refused peer="prox 2" reason=unlisted')
+    assert theirs.endswith("event=hello")
