@@ -114,6 +114,13 @@ def judge(newer: list[Mapped], older: list[Mapped], start: int, end: int) -> Ite
             i += 1
         while j < len(older) and older[j].end <= position:
             j += 1
+        alike = _alike(newer, i, older, j)
+        if alike:  # with the holes between them, which are holes in both
+            stop = min(end, newer[i + alike - 1].end)
+            yield Judged(position, stop - position, Verdict.SAME)
+            position = stop
+            i, j = i + alike - 1, j + alike - 1
+            continue
         mine = newer[i] if i < len(newer) and newer[i].logical <= position else None
         theirs = older[j] if j < len(older) and older[j].logical <= position else None
         stop = end
@@ -123,6 +130,18 @@ def judge(newer: list[Mapped], older: list[Mapped], start: int, end: int) -> Ite
                 stop = min(stop, extent.end if extent.logical <= position else extent.logical)
         yield Judged(position, stop - position, _verdict(mine, theirs))
         position = stop
+
+
+def _alike(newer: list[Mapped], i: int, older: list[Mapped], j: int) -> int:
+    """How many extents, from these on, are one and the same in both."""
+    count = 0
+    limit = min(len(newer) - i, len(older) - j)
+    while count < limit:
+        mine = newer[i + count]
+        if mine != older[j + count] or mine.flags & (~_PLAIN | FIEMAP_EXTENT_SHARED) != FIEMAP_EXTENT_SHARED:
+            break
+        count += 1
+    return count
 
 
 def _has_data(extent: Mapped) -> bool:

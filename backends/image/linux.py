@@ -11,8 +11,8 @@ import errno
 import fcntl
 import os
 import struct
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 FICLONE = 0x40049409
 FS_IOC_FIEMAP = 0xC020660B
@@ -128,9 +128,11 @@ def exchange(one: str, other: str) -> None:
     _renameat2(one, other, _RENAME_EXCHANGE)
 
 
-@dataclass(frozen=True, slots=True)
-class Mapped:
-    """One extent of a file: ``length`` bytes from ``logical`` lie at ``physical`` of the file system."""
+class Mapped(NamedTuple):
+    """One extent of a file: ``length`` bytes from ``logical`` lie at ``physical`` of the file system.
+
+    A tuple, because a badly fragmented image has millions of them to be compared.
+    """
 
     logical: int
     physical: int
@@ -154,7 +156,7 @@ def fiemap(fd: int, start: int, length: int, limit: int) -> list[Mapped]:
     fcntl.ioctl(fd, FS_IOC_FIEMAP, buffer, True)
     count: int = _FIEMAP_HEADER.unpack_from(buffer)[3]
     end = _FIEMAP_HEADER.size + count * _FIEMAP_EXTENT.size
-    return [Mapped(*fields) for fields in _FIEMAP_EXTENT.iter_unpack(memoryview(buffer)[_FIEMAP_HEADER.size : end])]
+    return list(map(Mapped._make, _FIEMAP_EXTENT.iter_unpack(memoryview(buffer)[_FIEMAP_HEADER.size : end])))
 
 
 def file_system(fd: int) -> str:

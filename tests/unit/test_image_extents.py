@@ -62,8 +62,19 @@ def expected(newer: Mapped | None, older: Mapped | None) -> set[Verdict]:
     return {Verdict.SAME} if newer.flags and older.flags else {Verdict.SUSPECT}
 
 
-@given(mappings(), mappings())
-def test_every_block_gets_its_verdict(newer: list[Mapped], older: list[Mapped]) -> None:
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[list[Mapped], list[Mapped]]:
+    """Two mappings: of nothing to do with each other, or of a file and what became of it."""
+    older = draw(mappings())
+    if draw(st.booleans()):
+        return draw(mappings()), older
+    kept = [extent for extent in older if draw(st.integers(0, 4))]
+    return [extent._replace(physical=4096) if draw(st.integers(0, 4)) == 0 else extent for extent in kept], older
+
+
+@given(pairs())
+def test_every_block_gets_its_verdict(pair: tuple[list[Mapped], list[Mapped]]) -> None:
+    newer, older = pair
     judged = list(judge(newer, older, 0, LENGTH * UNIT))
     position = 0
     for item in judged:
