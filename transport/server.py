@@ -158,7 +158,14 @@ class Server:
         )
         with self._lock:
             self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # no more threads: this connection is lost, the listener must not be
+            with self._lock:
+                self._threads.discard(thread)
+                self._open.discard(entry)
+            sock.close()
+            self._tell(Refusal.TOO_MANY, "", address, str(error))
 
     def _tell(self, reason: Refusal, peer: str, address: str, why: str) -> None:
         facts = {"reason": str(reason), "peer": peer, "address": address}
