@@ -107,7 +107,8 @@ class Connection:
         self._channel = channel
         self._accept = accept
         self._wall_clock = wall_clock
-        self._decoder = FrameDecoder(BEFORE_HELLO, BufferPool())
+        self._buffers = BufferPool()
+        self._decoder = FrameDecoder(BEFORE_HELLO, self._buffers)
         self._inbox: queue.Queue[Frame | None] = queue.Queue(QUEUED_FRAMES)
         self._write = threading.Lock()
         self._sequence = 0
@@ -472,6 +473,10 @@ class Connection:
         if self._aborted is None:
             self._aborted = error
         self._fail(error)
+
+    def rest(self) -> None:
+        """A request is over and none follows at once: hold no memory for it."""
+        self._buffers.clear()
 
     def close(self, *, error: ReplicatorError | None = None, linger: float = 5.0) -> None:
         """Close; with ``error``, tell the peer first and let it read that (at most ``linger`` seconds). Idempotent."""

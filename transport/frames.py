@@ -144,6 +144,10 @@ class BufferPool:
         if len(self._free) < self._keep:
             self._free.append(buffer)
 
+    def clear(self) -> None:
+        """Let go of the buffers that are not in use: an idle connection holds none."""
+        self._free.clear()
+
 
 class _Loan:
     """A buffer lent to a frame; giving it back twice is once."""

@@ -106,6 +106,7 @@ class Pool:
     def give(self, connection: Connection) -> None:
         """Take a connection back at the clean end of a request."""
         self._link = connection.link or self._link
+        connection.rest()
         with self._lock:
             self._used.discard(connection)
             if not self._closed and connection.usable and len(self._idle) < MAX_IDLE:

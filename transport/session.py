@@ -60,6 +60,7 @@ class Session:
                 stream += 1
                 raw = connection.join_message(frame, FrameType.REQUEST, stream, REQUEST_CAP)
                 self._serve(stream, raw)
+                connection.rest()
         except ReplicatorError as raised:
             error = raised
         except Exception as raised:
