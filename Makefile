@@ -2,6 +2,7 @@
 # make test    format, lint, types, all tests (large counts sampled); under 30 minutes on two cores
 # make unit    the tests that run in seconds
 # make soak    the tests with the large counts in full
+# make lab     the tests on real OpenZFS 2.1 and 2.3 in emulated guests (root; the first time builds them, 5 min each)
 # make bench   every subject beside its peers; the tables, and JSON in benchmarks/results/
 # make clean   remove what was built
 
@@ -11,7 +12,7 @@ PYTHON := $(BIN)/python
 SOURCES := replicator backends scheduler transport tests benchmarks
 C_FILES := $(wildcard transport/*.c transport/*.h)
 
-.PHONY: demo test unit soak bench lint install clean
+.PHONY: demo test unit soak lab bench lint install clean
 .DEFAULT_GOAL := demo
 
 # From the distribution's Python, and seeing its packages: rados, rbd and pyzfs come only from there.
@@ -44,6 +45,10 @@ test: lint
 
 soak: lint
 	$(PYTHON) -m pytest -q --durations=20 --timeout=3600 --soak
+
+lab: $(VENV)/installed-test
+	.ci/packages lab
+	$(PYTHON) -m pytest -q --durations=10 --lab tests/lab
 
 bench: $(VENV)/installed-test
 	$(PYTHON) -m benchmarks

@@ -24,11 +24,22 @@ _MISSING = pytest.StashKey[dict[str, str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="run the large counts in full instead of a sample")
+    parser.addoption("--lab", action="store_true", help="run the tests in emulated guests too (tests/lab)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_MISSING] = {}
     settings.load_profile("soak" if config.getoption("--soak") else "default")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--lab"):
+        return
+    lab = Path(__file__).with_name("lab")
+    left_out = [item for item in items if item.path.is_relative_to(lab)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

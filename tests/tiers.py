@@ -46,6 +46,17 @@ def _netns() -> str:
     return reason and f"network namespaces cannot be made here: {reason}"
 
 
+def _guests() -> str:
+    """Emulated machines: see tests/lab."""
+    return (
+        _netns()
+        or _command("qemu-system-x86_64", "qemu-system-x86")()
+        or _command("qemu-img", "qemu-utils")()
+        or _command("mmdebstrap", "mmdebstrap")()
+        or ("" if Path("/dev/net/tun").exists() else "no /dev/net/tun: the guests have no networks")
+    )
+
+
 def _mountable(fs: str, mkfs: str, package: str, size: int) -> Callable[[], str]:
     def probe() -> str:
         if reason := _root() or _command(mkfs, package)():
@@ -67,6 +78,7 @@ def _mountable(fs: str, mkfs: str, package: str, size: int) -> Callable[[], str]
 PROBES: dict[str, Callable[[], str]] = {
     "root": _root,
     "netns": _netns,
+    "guests": _guests,
     "xfs": _mountable("xfs", "mkfs.xfs", "xfsprogs", 320 << 20),
     "btrfs": _mountable("btrfs", "mkfs.btrfs", "btrfs-progs", 160 << 20),
     "ext4": _mountable("ext4", "mkfs.ext4", "e2fsprogs", 32 << 20),
