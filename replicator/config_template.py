@@ -40,7 +40,7 @@ http = {http}
 #path = "/var/lib/images"
 #devices = {{"vm-100" = "/dev/vg0/vm-100"}}
 
-# ZFS datasets and zvols (needs python3-pyzfs).
+# ZFS datasets and zvols (needs zfsutils-linux).
 #[storage.tank]
 #kind = "zfs"
 #root = "tank/vm"

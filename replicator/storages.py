@@ -1,6 +1,6 @@
 """The backends of the configured storages. Part of the roof: it knows the configuration and the backends.
 
-A backend's module is imported only when a storage needs it, because the bindings of Ceph and ZFS are not everywhere.
+A backend's module is imported only when a storage needs it, because the bindings of Ceph are not everywhere.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from backends.base import Backend
 from replicator.errors import MissingBinding, ReplicatorError, Unsupported
-from replicator.settings import ImageStorage, Storage
+from replicator.settings import ImageStorage, Storage, ZfsStorage
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class _Binding:
     package: str
 
 
-_BINDINGS = {"rbd": _Binding("rbd", "python3-rbd"), "zfs": _Binding("libzfs_core", "python3-pyzfs")}
+_BINDINGS = {"rbd": _Binding("rbd", "python3-rbd")}
 
 
 def build_backend(storage: Storage) -> Backend:
@@ -36,6 +36,10 @@ def build_backend(storage: Storage) -> Backend:
         from transport import checksum
 
         return ImageBackend(storage.name, storage.path, devices=storage.devices, checksums=checksum)
+    if isinstance(storage, ZfsStorage):
+        from backends.zfs import ZfsBackend
+
+        return ZfsBackend(storage.name, storage.root)
     binding = _BINDINGS[storage.kind]
     needs = f"storage {storage.name!r} is of kind {storage.kind}, which"
     if importlib.util.find_spec(binding.module) is None:

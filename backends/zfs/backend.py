@@ -1,0 +1,287 @@
+"""The ZFS backend: what a storage of kind ``zfs`` answers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+from backends.zfs import aside, properties, replica, sending
+from backends.zfs.commands import LIST_DEADLINE, Runner, SystemRunner
+from backends.zfs.context import Context
+from backends.zfs.failures import Operation, failure
+from backends.zfs.listing import Dataset, Listing, parse, versions_of
+from backends.zfs.naming import DatasetNames
+from replicator import names
+from replicator.cancellation import Cancellation
+from replicator.endpoint import DigestBatch, DigestRequest, ReceiveRequest, SendRequest
+from replicator.errors import NoSuchVolume, SnapshotHeld, Unsupported, VolumeBusy
+from replicator.model import (
+    Capability,
+    Lineage,
+    Role,
+    StorageInfo,
+    StreamKind,
+    Version,
+    VersionKind,
+    VersionRef,
+    VolumeId,
+    VolumeInfo,
+    VolumeState,
+)
+from replicator.streams import Stream
+
+CAPABILITIES = (
+    Capability.SEND
+    | Capability.RECEIVE
+    | Capability.BOOKMARKS
+    | Capability.NATIVE_INTERMEDIATES
+    | Capability.ATOMIC_GROUP
+    | Capability.ATOMIC_SNAPSHOT
+    | Capability.CLONE
+)
+INFO_AGE = 5.0
+"""Seconds for which ``info`` may repeat itself: each plan asks for it."""
+_MAX_WARNINGS = 20
+
+
+class ZfsBackend:
+    """The datasets and zvols below one dataset; see :mod:`backends.zfs`. Thread-safe.
+
+    :param root: the dataset that holds the volumes; it must exist, and its pool may come and go
+    :param runner: what runs zfs and zpool; tests give one that answers from a record
+    """
+
+    kind = "zfs"
+    stream = StreamKind.NATIVE
+    capabilities = CAPABILITIES
+
+    def __init__(self, name: str, root: str, *, runner: Runner | None = None, info_age: float = INFO_AGE) -> None:
+        self.name = names.check_word("storage name", name)
+        dataset_names = DatasetNames(name, root)
+        runner = runner or SystemRunner()
+        self._context = Context(dataset_names, runner, Listing(dataset_names, runner))
+        self._info_age = info_age
+        self._info_lock = threading.Lock()
+        self._info: tuple[float, StorageInfo] | None = None
+
+    # -- the storage
+
+    def info(self) -> StorageInfo:
+        """See :class:`~backends.base.Backend`."""
+        with self._info_lock:
+            now = time.monotonic()
+            if self._info is None or now - self._info[0] >= self._info_age:
+                self._info = (now, self._look())
+            return self._info[1]
+
+    def _look(self) -> StorageInfo:
+        context = self._context
+        root, pool = context.names.root, context.names.pool
+        done = context.attempt("zfs", "list", "-H", "-p", "-o", "used,available", root, deadline=LIST_DEADLINE)
+        if done.status != 0:
+            context.require_root()
+            raise failure(done, Operation(self.name, root, "looking at"))
+        used, _, free = done.output.strip().partition("\t")
+        health, version = self._health(pool)
+        warnings = []
+        if health != "ONLINE":
+            warnings.append(f"pool {pool} is {health}: see `zpool status {pool}`")
+        _, problems = context.listing.all()
+        warnings += problems
+        if len(warnings) > _MAX_WARNINGS:
+            warnings[_MAX_WARNINGS:] = [f"and {len(warnings) - _MAX_WARNINGS} more warnings"]
+        return StorageInfo(
+            self.name,
+            self.kind,
+            self.stream,
+            self.capabilities,
+            int(used) + int(free),
+            int(free),
+            f"{version}, dataset {root}",
+            tuple(warnings),
+        )
+
+    def _health(self, pool: str) -> tuple[str, str]:
+        """The pool's state and what OpenZFS this is."""
+        context = self._context
+        listed = context.change(
+            "zpool", "list", "-H", "-p", "-o", "health", pool, dataset=pool, doing="looking at", deadline=LIST_DEADLINE
+        )
+        version = context.attempt("zfs", "version", deadline=LIST_DEADLINE)
+        lines = version.output.split("\n")
+        said = lines[-1] if version.status == 0 and lines[-1] else lines[0]
+        kernel = next((line for line in lines if line.startswith("zfs-kmod-")), said)
+        return listed.output.strip(), f"OpenZFS {kernel.removeprefix('zfs-kmod-').removeprefix('zfs-')}"
+
+    # -- listings
+
+    def volumes(self) -> tuple[VolumeInfo, ...]:
+        """See :class:`~backends.base.Backend`."""
+        found, _ = self._context.listing.all()
+        return tuple(
+            VolumeInfo(VolumeId(self.name, volume), dataset.volsize, dataset.lineage)
+            for volume, dataset in found
+            if not aside.is_passage(volume)
+        )
+
+    def state(self, volume: str) -> VolumeState | None:
+        """See :class:`~backends.base.Backend`."""
+        found = aside.look(self._context, volume)
+        if found is None or found.is_placeholder:
+            return None
+        resume = found.token.resume if found.token is not None else None
+        return VolumeState(
+            VolumeId(self.name, volume), found.volsize, found.versions, found.lineage, resume, found.head_changed
+        )
+
+    def set_lineage(self, volume: str, lineage: Lineage) -> None:
+        """See :class:`~backends.base.Backend`. The form of its streams is pinned with it."""
+        dataset = self._context.require(volume)
+        settings = properties.settings(lineage, dataset.default_form, dataset.guid)
+        if lineage.role is Role.REPLICA:
+            settings = (*aside.REPLICA_PROPERTIES, *settings)
+        self._context.change("zfs", "set", *settings, dataset.name, dataset=dataset.name, doing="marking")
+
+    # -- versions
+
+    def snapshot(self, volumes: tuple[str, ...], name: str) -> tuple[Version, ...]:
+        """See :class:`~backends.base.Backend`. One command: all of them in one transaction, or none."""
+        context = self._context
+        wanted = [context.names.snapshot(volume, name) for volume in volumes]
+        there = self._named(wanted)
+        missing = [snapshot for snapshot in wanted if snapshot not in there]
+        if missing:
+            self._check_may_snapshot(volumes)
+            context.change("zfs", "snapshot", *missing, dataset=missing[0], doing="taking the snapshot")
+            there |= self._named(missing)
+        return tuple(there[snapshot] for snapshot in wanted)
+
+    def _named(self, snapshots: list[str]) -> dict[str, Version]:
+        """Those of these snapshots that exist."""
+        if not snapshots:
+            return {}
+        columns = ("name", "type", "guid", "createtxg", "creation", "volsize")
+        argv = ("zfs", "list", "-H", "-p", "-t", "snapshot", "-o", ",".join(columns), *snapshots)
+        done = self._context.attempt(*argv, deadline=LIST_DEADLINE)
+        rows = list(parse(done.output, columns))
+        return dict(zip((row.name for row in rows), versions_of(rows, {}), strict=True))
+
+    def _check_may_snapshot(self, volumes: tuple[str, ...]) -> None:
+        known = {volume: dataset for volume, dataset in self._context.listing.all()[0]}
+        for volume in volumes:
+            dataset = known.get(volume)
+            if dataset is None:
+                raise NoSuchVolume(
+                    f"there is no volume {self.name}:{volume}",
+                    hint=f"zfs list -r {self._context.names.root} lists the datasets of the storage",
+                )
+
+    def destroy(self, volume: str, version: VersionRef) -> None:
+        """See :class:`~backends.base.Backend`."""
+        found = self._find(volume, version, version.kind)
+        if found is None:
+            return
+        dataset, there = found
+        name = self._context.full_name(dataset.name, there)
+        done = self._context.attempt("zfs", "destroy", name)
+        if done.status == 0 or "does not exist" in done.errors or "could not find any snapshots" in done.errors:
+            return
+        error = failure(done, Operation(self.name, name, "destroying"))
+        held = (
+            self._context.look(volume) if isinstance(error, VolumeBusy) and there.kind is VersionKind.SNAPSHOT else None
+        )
+        tags = held.find(there.guid) if held is not None else None
+        if tags is not None and tags.holds:
+            raise SnapshotHeld(
+                f"snapshot {there.name} of {self.name}:{volume} is held by {', '.join(tags.holds)}",
+                hint="the job that holds it releases it once its target has a newer one",
+            )
+        raise error
+
+    def _find(self, volume: str, ref: VersionRef, kind: VersionKind) -> tuple[Dataset, Version] | None:
+        dataset = self._context.look(volume)
+        found = dataset.find(ref.guid, kind) if dataset is not None else None
+        return (dataset, found) if dataset is not None and found is not None else None
+
+    def hold(self, volume: str, version: VersionRef, tag: str) -> None:
+        """See :class:`~backends.base.Backend`."""
+        names.check_tag(tag)
+        dataset = self._context.look(volume)
+        found = dataset.find(version.guid) if dataset is not None else None
+        if dataset is None or found is None:
+            raise self._context.no_such(volume, version)
+        if tag not in found.holds:
+            replica.hold(self._context, dataset.name, found, tag)
+
+    def release(self, volume: str, version: VersionRef, tag: str) -> None:
+        """See :class:`~backends.base.Backend`."""
+        names.check_tag(tag)
+        found = self._find(volume, version, VersionKind.SNAPSHOT)
+        if found is None or tag not in found[1].holds:
+            return
+        name = self._context.full_name(found[0].name, found[1])
+        done = self._context.attempt("zfs", "release", tag, name)
+        if done.status != 0 and "no such tag" not in done.errors and "does not exist" not in done.errors:
+            raise failure(done, Operation(self.name, name, "releasing"))
+
+    # -- data
+
+    def estimate(self, volume: str, base: VersionRef | None, to: VersionRef) -> int | None:
+        """See :class:`~backends.base.Backend`."""
+        return sending.estimate(self._context, volume, base, to)
+
+    def send(self, request: SendRequest, cancel: Cancellation) -> Stream:
+        """See :class:`~backends.base.Backend`."""
+        return sending.open_stream(self._context, request, cancel)
+
+    def receive(self, request: ReceiveRequest, stream: Stream, cancel: Cancellation) -> Version:
+        """See :class:`~backends.base.Backend`."""
+        return replica.receive(self._context, request, stream, cancel)
+
+    def abort_receive(self, volume: str) -> None:
+        """See :class:`~backends.base.Backend`."""
+        found = aside.look(self._context, volume)
+        if found is not None:
+            replica.abort(self._context, found)
+
+    def digests(self, request: DigestRequest, _cancel: Cancellation) -> Iterator[DigestBatch]:
+        """Not yet: what ZFS stores is compared by the identity of its snapshots, and by scrubbing the pools."""
+        raise Unsupported(
+            f"volume {request.volume} (zfs) cannot be compared block by block", hint="scrub the pools of both nodes"
+        )
+
+    def set_aside(self, volume: str, name: str) -> VersionRef | None:
+        """See :class:`~backends.base.Backend`. The snapshot stays where it is until the next receive, which puts the
+        replica back to its base and keeps what is newer as a dataset of its own."""
+        context = self._context
+        snapshot = context.names.snapshot(volume, name)
+        dataset = aside.look(context, volume)
+        if dataset is None or dataset.is_placeholder:
+            return None
+        lineage = dataset.lineage
+        own = lineage is None or lineage.role is Role.PRIMARY or dataset.head_changed
+        kept = None
+        if own and (dataset.written > 0 or not dataset.snapshots):
+            context.change("zfs", "snapshot", snapshot, dataset=snapshot, doing="keeping the data of")
+            kept = self._named([snapshot])[snapshot].ref
+        if lineage is not None and lineage.role is Role.PRIMARY:
+            self.set_lineage(volume, Lineage(lineage.uuid, Role.REPLICA, lineage.epoch))
+        return kept
+
+    def clone(self, volume: str, version: VersionRef, new: str) -> VolumeInfo:
+        """See :class:`~backends.base.Backend`. A filesystem is not mounted by that."""
+        context = self._context
+        target = context.names.dataset(new)
+        dataset = context.require(volume)
+        source = context.snapshot(volume, dataset, version)
+        if context.look(new) is not None:
+            raise VolumeBusy(f"volume {self.name}:{new} exists already", hint="choose another name for the new one")
+        replica.make_parents(context, target)
+        settings = () if dataset.is_zvol else aside.FILESYSTEM_PROPERTIES
+        name = context.full_name(dataset.name, source)
+        context.change("zfs", "clone", *aside.options(settings), name, target, dataset=name, doing="cloning")
+        return VolumeInfo(VolumeId(self.name, new), source.size, None)
+
+    def close(self) -> None:
+        """Nothing is kept open between calls."""

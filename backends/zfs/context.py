@@ -1,0 +1,102 @@
+"""What all parts of a ZFS storage work with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from backends.zfs.commands import CHANGE_DEADLINE, Finished, Runner
+from backends.zfs.failures import Operation, failure, is_missing
+from backends.zfs.listing import Dataset, Listing
+from backends.zfs.naming import DatasetNames
+from replicator.errors import NoSuchSnapshot, NoSuchVolume
+from replicator.model import Version, VersionKind, VersionRef
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One storage: its names, its commands, its listings."""
+
+    names: DatasetNames
+    runner: Runner
+    listing: Listing
+
+    @property
+    def storage(self) -> str:
+        """The storage's name."""
+        return self.names.storage
+
+    def attempt(self, *argv: str, deadline: float = CHANGE_DEADLINE) -> Finished:
+        """Run a command, whatever comes of it."""
+        return self.runner.run(argv, deadline)
+
+    def change(self, *argv: str, dataset: str, doing: str, deadline: float = CHANGE_DEADLINE) -> Finished:
+        """Run a command that must succeed. :raises StorageError: it did not"""
+        done = self.runner.run(argv, deadline)
+        if done.status != 0:
+            raise failure(done, Operation(self.storage, dataset, doing))
+        return done
+
+    def change_if_there(self, *argv: str, dataset: str, doing: str) -> bool:
+        """Run a command that has nothing to do where its dataset is gone; whether it was there."""
+        done = self.runner.run(argv, CHANGE_DEADLINE)
+        if is_missing(done):
+            return False
+        if done.status != 0:
+            raise failure(done, Operation(self.storage, dataset, doing))
+        return True
+
+    # -- looking things up
+
+    def look(self, volume: str) -> Dataset | None:
+        """A volume with its versions; None if there is none of that name.
+
+        :raises StorageUnavailable: the whole storage is not there
+        """
+        dataset = self.names.dataset(volume)
+        found = self.listing.dataset(dataset)
+        if found is None:
+            self.require_root()
+            return None
+        return found
+
+    def require(self, volume: str) -> Dataset:
+        """A volume that must exist. :raises NoSuchVolume:"""
+        found = self.look(volume)
+        if found is None or found.is_placeholder:
+            raise NoSuchVolume(
+                f"there is no volume {self.names.label(volume)}",
+                hint=f"zfs list -r {self.names.root} lists the datasets of the storage",
+            )
+        return found
+
+    def require_root(self) -> None:
+        """:raises StorageUnavailable: the storage's root dataset is not there"""
+        if self.listing.quick(self.names.root) is None:
+            raise self.listing.absent()
+
+    def full_name(self, dataset: str, version: VersionRef | Version) -> str:
+        """``DATASET@SNAPSHOT`` or ``DATASET#BOOKMARK``."""
+        return f"{dataset}{'@' if version.kind is VersionKind.SNAPSHOT else '#'}{version.name}"
+
+    def version(self, volume: str, dataset: Dataset, ref: VersionRef) -> Version:
+        """The version of that identity: of the kind asked for, or else the other. :raises NoSuchSnapshot:"""
+        other = VersionKind.BOOKMARK if ref.kind is VersionKind.SNAPSHOT else VersionKind.SNAPSHOT
+        found = dataset.find(ref.guid, ref.kind) or dataset.find(ref.guid, other)
+        if found is None:
+            raise self.no_such(volume, ref)
+        return found
+
+    def snapshot(self, volume: str, dataset: Dataset, ref: VersionRef) -> Version:
+        """The snapshot of that identity. :raises NoSuchSnapshot: there is none, or only a bookmark"""
+        found = dataset.find(ref.guid)
+        if found is None:
+            raise self.no_such(volume, ref)
+        return found
+
+    def no_such(self, volume: str, ref: VersionRef) -> NoSuchSnapshot:
+        """The error for a version that is gone."""
+        label = self.names.label(volume)
+        return NoSuchSnapshot(
+            f"volume {label} has no {ref.kind} {ref.name} (guid {ref.guid})",
+            hint=f"`replicator snapshots {label}` lists what there is",
+        )

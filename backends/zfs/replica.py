@@ -1,0 +1,321 @@
+"""The target side: what may be received, into which dataset, and what it becomes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from backends.zfs import aside, properties
+from backends.zfs.context import Context
+from backends.zfs.failures import Operation, failure
+from backends.zfs.listing import Dataset
+from backends.zfs.properties import StreamForm
+from backends.zfs.receiving import IncomingStream, feed
+from backends.zfs.stream_head import StreamHead
+from backends.zfs.tokens import read_token
+from replicator import names
+from replicator.cancellation import Cancellation
+from replicator.endpoint import ReceiveMode, ReceiveRequest
+from replicator.errors import (
+    NoSuchSnapshot,
+    ProtocolError,
+    ReplicatorError,
+    SnapshotExists,
+    StaleResume,
+    Unsupported,
+    UsageError,
+    VolumeBusy,
+    VolumeChanged,
+)
+from replicator.model import Lineage, Role, StreamKind, Version, VersionRef, VolumeState
+from replicator.roles import check_may_receive
+from replicator.streams import Stream
+
+EXCLUDED = ("mountpoint", "sharenfs", "sharesmb")
+"""Properties that are never taken from a stream, whoever sent it: it could mount itself over what is there, or export
+itself. What our own sender makes has no properties at all."""
+
+
+def receive(context: Context, request: ReceiveRequest, stream: Stream, cancel: Cancellation) -> Version:
+    """See :meth:`replicator.endpoint.Endpoint.receive`."""
+    names.check_snapshot(request.to.name)
+    if request.aside:
+        names.check_snapshot(request.aside)
+    if request.hold:
+        names.check_tag(request.hold)
+    if request.kind is not StreamKind.NATIVE or stream.kind is not StreamKind.NATIVE:
+        raise Unsupported(
+            f"storage {context.storage} takes native streams of ZFS, not streams of {stream.kind}",
+            hint="choose a target storage of the source's kind",
+        )
+    if request.mode is ReceiveMode.RESTORE:
+        return _Restore(context, request).run(stream, cancel)
+    return _Receive(context, request).run(stream, cancel)
+
+
+class _Receive:
+    """One receive of a replica."""
+
+    def __init__(self, context: Context, request: ReceiveRequest) -> None:
+        if request.lineage is None:
+            raise UsageError(f"no lineage is given for the replica {request.volume}", hint="")
+        self._context = context
+        self._request = request
+        self._volume = request.volume.name
+        self._label = context.names.label(self._volume)
+        self._dataset = context.names.dataset(self._volume)
+        self._lineage = Lineage(request.lineage.uuid, Role.REPLICA, request.lineage.epoch)
+        context.names.snapshot(self._volume, request.to.name)
+
+    def run(self, stream: Stream, cancel: Cancellation) -> Version:
+        there = aside.look(self._context, self._volume)
+        if there is not None and not there.is_placeholder:
+            check_may_receive(self._request.volume, self._state(there), self._request.lineage or self._lineage)
+            done = self._there_already(there)
+            if done is not None:
+                return done
+        there = self._ready(there)
+        incoming = IncomingStream(stream)
+        cancel.check()
+        head = incoming.head()
+        self._check_head(head, there)
+        form = StreamForm.RAW if head.raw else StreamForm.PLAIN
+        if there is not None and not there.is_placeholder:
+            self._pin(there, form)
+        else:
+            make_parents(self._context, self._dataset)
+        feed(self._context.runner, self._argv(head, form, there), incoming, self._operation, cancel)
+        return self._committed(form)
+
+    @property
+    def _operation(self) -> Operation:
+        return Operation(self._context.storage, f"{self._dataset}@{self._request.to.name}", "receiving")
+
+    def _state(self, there: Dataset) -> VolumeState:
+        return VolumeState(self._request.volume, there.volsize, there.versions, there.lineage)
+
+    # -- may it, and onto what
+
+    def _there_already(self, there: Dataset) -> Version | None:
+        """The version, if it is there: a confirmation was lost."""
+        to = self._request.to
+        found = there.find(to.guid)
+        if found is None:
+            return None
+        if there.lineage != self._lineage:
+            self._pin(there, there.default_form)
+        if there.token is not None and there.token.to_guid == to.guid:
+            self._discard(there)
+        return self._held(found)
+
+    def _ready(self, there: Dataset | None) -> Dataset | None:
+        """Check what is there against the request, and have it end with the base; what is to be received onto."""
+        request = self._request
+        if there is None or there.is_placeholder:
+            if request.base is not None:
+                raise NoSuchSnapshot(
+                    f"{self._label} is not there, and so not its {request.base.name}", hint="plan again"
+                )
+            if request.resume is not None:
+                raise self._stale()
+            return there
+        other = there.named(request.to.name)
+        if other is not None and request.mode is not ReceiveMode.REBUILD:
+            raise SnapshotExists(
+                f"{self._label} has another snapshot called {other.name} (guid {other.guid})",
+                hint="plan again: it is then received under another name",
+            )
+        base = self._context.snapshot(self._volume, there, request.base) if request.base is not None else None
+        if request.resume is not None and request.mode is ReceiveMode.REPLICA:
+            self._check_resume(there)
+            return there
+        if there.token is not None:
+            self._discard(there)
+            if not there.snapshots:  # it was but the beginning of a first copy
+                return None
+        return self._ending_with(there, base)
+
+    def _ending_with(self, there: Dataset, base: Version | None) -> Dataset | None:
+        newer = [v for v in there.snapshots if base is None or v.position > base.position]
+        if not newer and there.written == 0 and base is not None:
+            return there
+        own = [v for v in newer if not v.is_diverged]
+        if self._request.mode is not ReceiveMode.REBUILD:
+            if own:
+                raise NoSuchSnapshot(
+                    f"{self._label} has snapshots after {base.name if base else 'nothing'}: {own[-1].name}",
+                    hint="plan again",
+                )
+            if there.written > 0:
+                raise VolumeChanged(
+                    f"{self._label} was written to since its newest snapshot",
+                    hint="`replicator resync` keeps that aside and makes the replica right again",
+                )
+        kept = [v.name for v in newer if v.is_diverged]
+        name = kept[-1] if kept and there.written == 0 else self._request.aside
+        if not name:
+            raise UsageError(f"no name is given under which the data of {self._label} is kept aside", hint="")
+        aside.detach(self._context, there, base, name)
+        return self._context.look(self._volume)
+
+    def _check_resume(self, there: Dataset) -> None:
+        resume, request = self._request.resume, self._request
+        token = there.token
+        fits = (
+            resume is not None
+            and token is not None
+            and resume.kind is StreamKind.NATIVE
+            and (resume.to_guid, resume.base_guid) == (token.to_guid, token.base_guid)
+            and token.to_guid == request.to.guid
+            and token.base_guid == (request.base.guid if request.base is not None else None)
+            and read_token(resume.token).received == resume.offset
+            and resume.token == token.text
+        )
+        if not fits:
+            raise self._stale()
+
+    def _stale(self) -> StaleResume:
+        resume = self._request.resume
+        return StaleResume(
+            f"the half-received {resume.to_name if resume else ''} of {self._label} is not what the stream continues",
+            hint="the next run plans again from what is there now",
+        )
+
+    def _discard(self, there: Dataset) -> None:
+        abort(self._context, there)
+
+    # -- the stream
+
+    def _check_head(self, head: StreamHead, there: Dataset | None) -> None:
+        """The stream must be what was asked for: the other node may be of another mind, or another's."""
+        request = self._request
+        pinned = there.form if there is not None else None
+        if pinned is not None and (pinned is StreamForm.RAW) != head.raw:
+            raise Unsupported(
+                f"{self._label} was received as {pinned} streams, and now a {'raw' if head.raw else 'plain'} one came: "
+                "ZFS cannot mix them",
+                hint=f"set {properties.STREAM} of both datasets to the same, or make the replica anew with "
+                "`replicator resync`",
+            )
+        if head.resuming != (request.resume is not None):
+            raise ProtocolError(
+                f"the stream for {self._label} {'continues something' if head.resuming else 'begins anew'}, which was "
+                "not asked for",
+                hint="both nodes must run the same version",
+            )
+        base = request.base.guid if request.base is not None else None
+        if not head.compound and (head.to_guid, head.base_guid) != (request.to.guid, base):
+            raise ProtocolError(
+                f"the stream for {self._label} brings snapshot {head.to_guid} on {head.base_guid or 'nothing'}, and "
+                f"not {request.to.guid} on {base or 'nothing'}",
+                hint="both nodes must run the same version",
+            )
+
+    def _argv(self, head: StreamHead, form: StreamForm, there: Dataset | None) -> tuple[str, ...]:
+        target = self._dataset if head.compound else f"{self._dataset}@{self._request.to.name}"
+        argv = ["zfs", "receive", "-s", "-u"]
+        if there is not None and there.is_placeholder:
+            argv.append("-F")  # it has no data: nothing can be lost
+        for name in EXCLUDED:
+            if not head.is_zvol:
+                argv += ["-x", name]
+        if there is None or there.is_placeholder:
+            argv += aside.options(aside.REPLICA_PROPERTIES)
+            if not head.is_zvol:
+                argv += aside.options(aside.FILESYSTEM_PROPERTIES)
+            argv += aside.options(properties.settings(self._lineage, form, self._request.to.guid))
+        return (*argv, target)
+
+    def _pin(self, there: Dataset, form: StreamForm) -> None:
+        """Note the sender's lineage and the form of its streams, durably, before any data."""
+        if (there.lineage, there.form, there.of) == (self._lineage, form, there.guid):
+            return
+        settings = (*aside.REPLICA_PROPERTIES, *properties.settings(self._lineage, form, there.guid))
+        self._context.change("zfs", "set", *settings, there.name, dataset=there.name, doing="marking as a replica")
+
+    # -- the end
+
+    def _committed(self, form: StreamForm) -> Version:
+        there = self._context.require(self._volume)
+        self._pin(there, form)
+        found = there.find(self._request.to.guid)
+        if found is None:
+            raise ProtocolError(
+                f"the stream for {self._label} was received, and did not bring {self._request.to.name}",
+                hint="see the log of the other node",
+            )
+        return self._held(found)
+
+    def _held(self, version: Version) -> Version:
+        if not self._request.hold or self._request.hold in version.holds:
+            return version
+        hold(self._context, self._dataset, version, self._request.hold)
+        return replace(version, holds=tuple(sorted({*version.holds, self._request.hold})))
+
+
+class _Restore:
+    """A snapshot of somewhere as a new volume here."""
+
+    def __init__(self, context: Context, request: ReceiveRequest) -> None:
+        self._context = context
+        self._request = request
+        self._dataset = context.names.dataset(request.volume.name)
+
+    def run(self, stream: Stream, cancel: Cancellation) -> Version:
+        context, request = self._context, self._request
+        there = context.look(request.volume.name)
+        if there is not None and there.token is not None and not there.snapshots and there.of == properties.RESTORING:
+            abort(context, there)  # a restore that was cut off
+            there = context.look(request.volume.name)
+        if there is not None:
+            raise VolumeBusy(f"volume {request.volume} exists already", hint="name a volume that does not exist yet")
+        incoming = IncomingStream(stream)
+        head = incoming.head()
+        if head.compound or head.resuming or (head.to_guid, head.base_guid) != (request.to.guid, None):
+            raise ProtocolError(f"the stream for {request.volume} is not one of {request.to.name} alone", hint="")
+        snapshot = f"{self._dataset}@{request.to.name}"
+        settings = [f"{properties.OF}={properties.RESTORING}", *(() if head.is_zvol else aside.FILESYSTEM_PROPERTIES)]
+        excluded = () if head.is_zvol else tuple(word for name in EXCLUDED for word in ("-x", name))
+        argv = ("zfs", "receive", "-s", "-u", *excluded, *aside.options(settings), snapshot)
+        operation = Operation(context.storage, snapshot, "restoring")
+        try:
+            feed(context.runner, argv, incoming, operation, cancel)
+        except BaseException:  # nothing can continue it
+            found = context.listing.dataset(self._dataset)
+            if found is not None and found.of == properties.RESTORING:
+                abort(context, found)
+            raise
+        context.change("zfs", "destroy", snapshot, dataset=snapshot, doing="restoring")
+        context.change("zfs", "inherit", properties.OF, self._dataset, dataset=self._dataset, doing="restoring")
+        return replace(request.to, holds=())
+
+
+def abort(context: Context, there: Dataset) -> None:
+    """Discard what an interrupted receive has brought."""
+    if there.token is not None:
+        context.change_if_there(
+            "zfs", "receive", "-A", there.name, dataset=there.name, doing="discarding what was received of"
+        )
+
+
+def hold(context: Context, dataset: str, version: Version | VersionRef, tag: str) -> None:
+    """Hold a snapshot. Nothing happens if that tag holds it already."""
+    name = context.full_name(dataset, version)
+    done = context.attempt("zfs", "hold", tag, name)
+    if done.status != 0 and "tag already exists" not in done.errors:
+        raise failure(done, Operation(context.storage, name, "holding"))
+
+
+def make_parents(context: Context, dataset: str) -> None:
+    """Make the datasets above this one that are missing, as placeholders."""
+    root = context.names.root
+    place = root
+    missing = False
+    for part in dataset.removeprefix(root + "/").split("/")[:-1]:
+        place = f"{place}/{part}"
+        missing = missing or context.listing.quick(place) is None
+        if missing:
+            try:
+                aside.make_placeholder(context, place, place)
+            except ReplicatorError:  # another receive may have been faster
+                if context.listing.quick(place) is None:
+                    raise

@@ -1,0 +1,217 @@
+"""The source side: opening zfs send as a stream."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import selectors
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from backends.zfs.commands import Process
+from backends.zfs.context import Context
+from backends.zfs.failures import Operation, failure
+from backends.zfs.listing import Dataset
+from backends.zfs.tokens import read_token
+from replicator.cancellation import Cancellation
+from replicator.endpoint import SendRequest
+from replicator.errors import NoSuchSnapshot, StaleResume, StorageUnavailable, Unsupported
+from replicator.model import ResumeState, StreamKind, Version, VersionKind, VersionRef
+from replicator.streams import CHUNK_SIZE, ChunkStream, NativeChunk, Stream
+
+ESTIMATE_DEADLINE = 30.0
+"""Seconds; an estimate that takes longer is none."""
+_GATHER = 0.2
+"""Seconds for which a chunk that is not full waits for more: crumbs cost more than they are worth."""
+_END_DEADLINE = 30.0
+"""Seconds between the end of the output and the end of the process."""
+_KILLED_DEADLINE = 2.0
+"""Seconds that a killed process has to be gone."""
+_LOOK_AGAIN = 0.5
+"""Seconds between two looks at whether the work was cancelled."""
+_PIPE_SIZE = 1 << 20
+_F_SETPIPE_SZ = 1031
+_MAX_PIPE = Path("/proc/sys/fs/pipe-max-size")
+
+
+def enlarge_pipe(fd: int) -> None:
+    """Make a pipe as large as a chunk, as far as the system allows (zrepl#424): zfs writes it in small pieces."""
+    size = _PIPE_SIZE
+    with contextlib.suppress(OSError, ValueError):
+        size = min(size, int(_MAX_PIPE.read_text()))
+    with contextlib.suppress(OSError):  # the user's share of pipe memory is used up: slower, not wrong
+        fcntl.fcntl(fd, _F_SETPIPE_SZ, size)
+
+
+class Buffers:
+    """Buffers of one chunk each, used again once they are released."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[bytearray] = []
+
+    def take(self) -> bytearray:
+        """A buffer of CHUNK_SIZE bytes."""
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+        return bytearray(CHUNK_SIZE)
+
+    def chunk(self, buffer: bytearray, size: int) -> NativeChunk:
+        """A chunk over the first ``size`` bytes; releasing it, once or more, gives the buffer back."""
+        pending = [buffer]
+
+        def release() -> None:
+            with self._lock:
+                if pending:
+                    self._free.append(pending.pop())
+
+        return NativeChunk(memoryview(buffer)[:size], release)
+
+
+def read_chunks(process: Process, operation: Operation, cancel: Cancellation) -> Iterator[NativeChunk]:
+    """The output of a process in chunks, then its success.
+
+    :raises StorageError: it failed, and said why
+    """
+    buffers = Buffers()
+    with cancel.unblock(process.kill), selectors.DefaultSelector() as selector:
+        selector.register(process.pipe, selectors.EVENT_READ)
+        ended = False
+        while not ended:
+            while not selector.select(_LOOK_AGAIN):  # one that waits for a suspended pool does not even die
+                cancel.check()
+            buffer = buffers.take()
+            size, ended = _fill(process.pipe, buffer, selector)
+            cancel.check()
+            if size:
+                yield buffers.chunk(buffer, size)
+    process.close_pipe()
+    done = process.finish(_END_DEADLINE)
+    cancel.check()
+    if done is None:
+        process.kill()
+        raise StorageUnavailable(
+            f"storage {operation.storage}: zfs send of {operation.dataset} did not end", hint="see `zpool status`"
+        )
+    if done.status != 0:
+        raise failure(done, operation)
+
+
+def _fill(fd: int, buffer: bytearray, selector: selectors.BaseSelector) -> tuple[int, bool]:
+    """Read until the buffer is full or what there is has been read for a while; bytes read, and whether it ended."""
+    view = memoryview(buffer)
+    size = os.readv(fd, [view])
+    if size == 0:
+        return 0, True
+    until = time.monotonic() + _GATHER
+    while size < len(buffer):
+        left = until - time.monotonic()
+        if left <= 0 or not selector.select(left):
+            break
+        got = os.readv(fd, [view[size:]])
+        if got == 0:
+            return size, True
+        size += got
+    return size, False
+
+
+def argv_of(dataset: Dataset, base: Version | None, to: Version, *, intermediates: bool = False) -> tuple[str, ...]:
+    """The arguments of zfs send for one step."""
+    name = dataset.name
+    source: tuple[str, ...] = ()
+    if base is not None:
+        mark = "@" if base.kind is VersionKind.SNAPSHOT else "#"
+        source = ("-I" if intermediates else "-i", f"{name}{mark}{base.name}")
+    return (*dataset.default_form.flags, *source, f"{name}@{to.name}")
+
+
+def size_of(context: Context, arguments: tuple[str, ...]) -> int | None:
+    """Bytes that zfs send with these arguments would write; None where it does not say so in time."""
+    try:
+        done = context.attempt("zfs", "send", "-n", "-v", "-P", *arguments, deadline=ESTIMATE_DEADLINE)
+    except StorageUnavailable:
+        return None
+    for line in reversed((done.output + "\n" + done.errors).split("\n")):
+        word, _, number = line.partition("\t")
+        if word == "size" and number.strip().isdecimal():
+            return int(number)
+    return None
+
+
+def estimate(context: Context, volume: str, base: VersionRef | None, to: VersionRef) -> int | None:
+    """See :meth:`backends.base.Backend.estimate`. From a bookmark it takes as long as the send itself, so there is
+    none."""
+    dataset = context.require(volume)
+    target = context.snapshot(volume, dataset, to)
+    source = context.version(volume, dataset, base) if base is not None else None
+    if source is not None and source.kind is VersionKind.BOOKMARK:
+        return None
+    return size_of(context, argv_of(dataset, source, target))
+
+
+def open_stream(context: Context, request: SendRequest, cancel: Cancellation) -> Stream:
+    """See :meth:`replicator.endpoint.Endpoint.send`. zfs send is started when the first chunk is asked for."""
+    volume = request.volume.name
+    if request.ranges is not None:
+        raise Unsupported(
+            f"storage {context.storage} sends whole differences, not ranges of blocks", hint="resync it as a ZFS volume"
+        )
+    dataset = context.require(volume)
+    to = context.snapshot(volume, dataset, request.to)
+    base = context.version(volume, dataset, request.base) if request.base is not None else None
+    if base is not None and base.position >= to.position:
+        raise NoSuchSnapshot(
+            f"{base.name} is not older than {to.name} in {context.names.label(volume)}", hint="plan again"
+        )
+    total: int | None
+    if request.resume is not None:
+        arguments = _resumed(request, request.resume, base, to)
+        rest = size_of(context, arguments)
+        total = request.resume.offset + rest if rest is not None else None
+    else:
+        intermediates = request.intermediates and base is not None and base.kind is VersionKind.SNAPSHOT
+        arguments = argv_of(dataset, base, to, intermediates=intermediates)
+        bookmark = base is not None and base.kind is VersionKind.BOOKMARK
+        total = None if bookmark else size_of(context, arguments)
+    started: list[Process] = []
+    operation = Operation(context.storage, f"{dataset.name}@{to.name}", "sending")
+
+    def chunks() -> Iterator[NativeChunk]:
+        process = context.runner.read_from(("zfs", "send", *arguments))
+        started.append(process)
+        enlarge_pipe(process.pipe)
+        yield from read_chunks(process, operation, cancel)
+
+    def close() -> None:
+        for process in started:
+            process.kill()
+            process.close_pipe()
+            process.finish(_KILLED_DEADLINE)
+
+    return ChunkStream(StreamKind.NATIVE, chunks(), estimate=total, on_close=close)
+
+
+def _resumed(request: SendRequest, resume: ResumeState, base: Version | None, to: Version) -> tuple[str, ...]:
+    """The arguments that continue an interrupted stream.
+
+    The token comes from the receiver, and zfs send -t sends whatever it names: so it must name what was asked for.
+    """
+    if resume.kind is not StreamKind.NATIVE:
+        raise _stale(request, f"it is of a {resume.kind} stream")
+    token = read_token(resume.token)
+    if token.to_guid != to.guid or resume.to_guid != to.guid:
+        raise _stale(request, "it is of another snapshot")
+    if token.base_guid != (base.guid if base is not None else None):
+        raise _stale(request, "it has another base")
+    return ("-t", token.text)
+
+
+def _stale(request: SendRequest, why: str) -> StaleResume:
+    return StaleResume(
+        f"the half-received {request.to.name} of {request.volume} cannot be continued: {why}",
+        hint="the next run discards it and sends the snapshot from the start",
+    )

@@ -1,0 +1,169 @@
+"""Commands with deadlines and caps; streams into and out of processes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from backends.zfs import commands
+from backends.zfs.commands import SystemRunner
+from backends.zfs.failures import Operation
+from backends.zfs.receiving import IncomingStream, feed
+from backends.zfs.sending import read_chunks
+from replicator.cancellation import Cancellation
+from replicator.errors import (
+    Cancelled,
+    ConnectionLost,
+    NoSpace,
+    NoSuchVolume,
+    ProtocolError,
+    StorageError,
+    StorageUnavailable,
+)
+from replicator.model import StreamKind
+from replicator.streams import CHUNK_SIZE, Chunk, ChunkStream, NativeChunk
+from tests.support.blocks import make_chunk, pattern
+from tests.support.zfs_records import make_head
+
+RUNNER = SystemRunner()
+OPERATION = Operation("store", "tank/vm/a@one", "receiving")
+HEAD = make_head(1)
+
+
+def shell(script: str) -> tuple[str, ...]:
+    return ("/bin/sh", "-c", script)
+
+
+# -- commands
+
+
+def test_a_command_and_what_it_says() -> None:
+    done = RUNNER.run(shell("echo out; echo $LC_ALL; echo err >&2; exit 3"), 30)
+    assert (done.status, done.output, done.errors) == (3, "out\nC\n", "err")
+
+
+def test_much_is_read_on_both_outputs() -> None:
+    done = RUNNER.run(shell("head -c 3000000 /dev/zero | tr '\\0' a; head -c 3000000 /dev/zero >&2"), 30)
+    assert len(done.output) == 3_000_000
+
+
+def test_a_command_has_a_deadline() -> None:
+    with pytest.raises(StorageUnavailable, match="sleep"):
+        RUNNER.run(("sleep", "100"), 0.1)
+
+
+def test_an_answer_has_a_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "MAX_OUTPUT", 1 << 20)
+    with pytest.raises(StorageError, match="more than 1 MiB"):
+        RUNNER.run(("cat", "/dev/zero"), 30)
+
+
+def test_a_command_that_is_not_installed() -> None:
+    with pytest.raises(StorageUnavailable, match="no-such-command") as caught:
+        RUNNER.run(("no-such-command",), 1)
+    assert "apt install zfsutils-linux" in caught.value.hint
+
+
+# -- sending
+
+
+def sent(script: str, cancel: Cancellation | None = None) -> Iterator[NativeChunk]:
+    return read_chunks(RUNNER.read_from(shell(script)), OPERATION, cancel or Cancellation())
+
+
+def test_a_stream_is_read_in_full_chunks() -> None:
+    sizes = []
+    for chunk in sent("head -c 2500000 /dev/zero"):
+        sizes.append(len(chunk.data))
+        chunk.release()
+        chunk.release()
+    assert sum(sizes) == 2_500_000
+    assert max(sizes) <= CHUNK_SIZE
+    assert len(sizes) < 10
+
+
+def test_buffers_are_not_used_before_they_are_released() -> None:
+    chunks = list(sent("head -c 1048576 /dev/zero | tr '\\0' a; head -c 1048576 /dev/zero | tr '\\0' b"))
+    assert b"".join(chunk.data for chunk in chunks) == b"a" * CHUNK_SIZE + b"b" * CHUNK_SIZE
+
+
+def test_a_send_that_fails_at_the_end() -> None:
+    chunks = sent("echo data; echo \"cannot open 'tank/vm/a': dataset does not exist\" >&2; exit 1")
+    assert bytes(next(chunks).data) == b"data\n"
+    with pytest.raises(NoSuchVolume if "@" not in OPERATION.dataset else StorageError, match="does not exist"):
+        next(chunks)
+
+
+def test_cancelling_ends_the_process() -> None:
+    cancel = Cancellation()
+    chunks = sent("echo data; exec sleep 1000", cancel)
+    assert bytes(next(chunks).data) == b"data\n"
+    threading.Timer(0.05, cancel.cancel).start()
+    with pytest.raises(Cancelled):
+        next(chunks)
+
+
+# -- receiving
+
+
+def incoming(*chunks: Chunk, then: Exception | None = None) -> IncomingStream:
+    def generate() -> Iterator[Chunk]:
+        yield from chunks
+        if then is not None:
+            raise then
+
+    return IncomingStream(ChunkStream(StreamKind.NATIVE, generate()))
+
+
+def fed(script: str, stream: IncomingStream, cancel: Cancellation | None = None) -> None:
+    feed(RUNNER, shell(script), stream, OPERATION, cancel or Cancellation())
+
+
+def test_all_of_a_stream_arrives(tmp_path: Path) -> None:
+    parts = [HEAD + b"one", pattern(CHUNK_SIZE), b"three"]
+    stream = incoming(*map(NativeChunk, parts))
+    assert stream.head().to_guid == "1"
+    fed(f"cat > {tmp_path}/got", stream)
+    assert (tmp_path / "got").read_bytes() == b"".join(parts)
+
+
+def test_the_last_chunk_is_held_back_until_the_stream_is_complete(tmp_path: Path) -> None:
+    stream = incoming(NativeChunk(HEAD), NativeChunk(b"two"), NativeChunk(b"three"), then=ConnectionLost("cut"))
+    with pytest.raises(ConnectionLost):
+        fed(f"cat > {tmp_path}/got; echo 'checksum mismatch or incomplete stream' >&2; exit 1", stream)
+    assert (tmp_path / "got").read_bytes() == HEAD + b"two"
+
+
+def test_nothing_is_committed_after_cancelling(tmp_path: Path) -> None:
+    cancel = Cancellation()
+    cancel.cancel()
+    with pytest.raises(Cancelled):
+        fed(f"cat > {tmp_path}/got", incoming(NativeChunk(HEAD)), cancel)
+    assert not (tmp_path / "got").exists() or (tmp_path / "got").read_bytes() == b""
+
+
+def test_why_a_receive_ended_is_said() -> None:
+    many = [NativeChunk(pattern(CHUNK_SIZE))] * 8
+    with pytest.raises(NoSpace):
+        fed("echo 'cannot receive: out of space' >&2; exit 1", incoming(NativeChunk(HEAD), *many))
+
+
+def test_cancelling_a_receive_that_stands_still() -> None:
+    cancel = Cancellation()
+    threading.Timer(0.05, cancel.cancel).start()
+    many = [NativeChunk(pattern(CHUNK_SIZE))] * 8
+    with pytest.raises(Cancelled):
+        fed("exec sleep 1000", incoming(NativeChunk(HEAD), *many), cancel)
+
+
+@pytest.mark.parametrize("wrong", [make_chunk((0, b"x")), NativeChunk(b""), NativeChunk(bytes(CHUNK_SIZE + 1))])
+def test_chunks_that_are_refused(wrong: Chunk) -> None:
+    with pytest.raises(ProtocolError):
+        incoming(wrong).head()
+    with pytest.raises(ProtocolError):
+        fed("cat > /dev/null", incoming(NativeChunk(HEAD), wrong))
+    with pytest.raises(ProtocolError):
+        incoming().head()
