@@ -39,6 +39,8 @@ http = {http}
 #kind = "image"
 #path = "/var/lib/images"
 #devices = {{"vm-100" = "/dev/vg0/vm-100"}}
+# The storage is there only while a file system is mounted on path.
+#is_mountpoint = false
 
 # ZFS datasets and zvols (needs zfsutils-linux).
 #[storage.tank]

@@ -76,12 +76,16 @@ class Network(Table):
 
 
 class ImageStorage(Table):
-    """``[storage.X] kind = "image"``: raw disk images in a directory; ``devices`` are sources only."""
+    """``[storage.X] kind = "image"``: raw disk images in a directory; ``devices`` are sources only.
+
+    :ivar is_mountpoint: as in Proxmox: the storage is there only while a file system is mounted on ``path``
+    """
 
     name: str
     kind: Literal["image"]
     path: AbsolutePath = Field(description='write the directory of the images, for example "/var/lib/images"')
     devices: Devices = Field(default_factory=dict, description='write for example {"vm-100" = "/dev/vg0/vm-100"}')
+    is_mountpoint: bool = Field(False, description="write true or false, without quotes")
 
 
 class ZfsStorage(Table):

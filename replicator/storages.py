@@ -35,7 +35,13 @@ def build_backend(storage: Storage) -> Backend:
         from backends.image import ImageBackend
         from transport import checksum
 
-        return ImageBackend(storage.name, storage.path, devices=storage.devices, checksums=checksum)
+        return ImageBackend(
+            storage.name,
+            storage.path,
+            devices=storage.devices,
+            mount_point=storage.is_mountpoint,
+            checksums=checksum,
+        )
     if isinstance(storage, ZfsStorage):
         from backends.zfs import ZfsBackend
 

@@ -52,6 +52,7 @@ class ImageBackend:
     :param path: the storage's directory; it must exist, and may come and go
     :param checksums: the checksum path (``transport.checksum``)
     :param devices: block devices that are volumes to be replicated from here, by volume name
+    :param mount_point: the directory is there only while a file system is mounted on it
     :param workers: threads that verify and write one received stream
     :param warnings_age: seconds for which ``info`` may repeat what it found wrong with volumes and snapshots
     :param files: what changes the file system; tests give one that fails
@@ -67,6 +68,7 @@ class ImageBackend:
         *,
         checksums: Checksums,
         devices: Mapping[str, Path] = _NO_DEVICES,
+        mount_point: bool = False,
         workers: int = DEFAULT_WORKERS,
         files: Files | None = None,
         warnings_age: float = WARNINGS_AGE,
@@ -76,7 +78,7 @@ class ImageBackend:
         self._warnings_age = warnings_age
         self._warnings_lock = threading.Lock()
         self._warnings: tuple[float, tuple[str, ...]] | None = None
-        self._layout = Layout(name, path, devices, files)
+        self._layout = Layout(name, path, devices, files, mount_point=mount_point)
         self._probe = probe.Probe(path)
         self._context = Context(name, self._layout, files, checksums, workers, _utc_now, self._probe.reflink)
 

@@ -57,11 +57,15 @@ class Layout:
     """The directory of a storage.
 
     :param devices: block devices that are volumes, by volume name
+    :param mount_point: the directory counts only while a file system is mounted on it
     """
 
-    def __init__(self, storage: str, root: Path, devices: Mapping[str, Path], files: Files) -> None:
+    def __init__(
+        self, storage: str, root: Path, devices: Mapping[str, Path], files: Files, *, mount_point: bool = False
+    ) -> None:
         self.storage = storage
         self.root = root
+        self._mount_point = mount_point
         self._devices = {self.check(name): path for name, path in devices.items()}
         self._files = files
 
@@ -92,6 +96,9 @@ class Layout:
             os.close(self._open_root())
         except OSError as error:
             raise unavailable(self.storage, self.root, error.strerror or str(error)) from error
+        if self._mount_point and not self.root.is_mount():
+            # Without this, replicas would fill the disk below, and sources look as if all volumes were gone.
+            raise unavailable(self.storage, self.root, "nothing is mounted there")
 
     def _open_root(self) -> int:
         return os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

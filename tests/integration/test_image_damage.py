@@ -349,3 +349,17 @@ def test_snapshots_of_a_block_device_share_their_blocks(xfs_dir: Path, device: P
     check_device(xfs_dir / "store", device)
     status = os.statvfs(xfs_dir)
     assert (before - status.f_bfree) * status.f_frsize < 10 << 20
+
+
+@pytest.mark.tier("ext4")
+def test_a_storage_that_must_be_mounted_is_not_there_otherwise(tmp_path: Path, small_ext4_dir: Path) -> None:
+    folder = tmp_path / "not-mounted"
+    folder.mkdir()
+    (folder / "a.raw").write_bytes(b"x" * 4096)
+    there = ImageBackend("images", small_ext4_dir, checksums=checksum, mount_point=True)
+    gone = ImageBackend("images", folder, checksums=checksum, mount_point=True)
+    assert there.volumes() == ()
+    for look in (gone.volumes, gone.info, lambda: gone.state("a.raw"), lambda: gone.snapshot(("a.raw",), "s")):
+        with pytest.raises(StorageUnavailable, match="nothing is mounted there"):
+            look()
+    assert sorted(path.name for path in folder.iterdir()) == ["a.raw"]
