@@ -138,6 +138,7 @@ class RunReport:
     message: str = ""
     hint: str = ""
     code: str = ""
+    attempts: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ class Recording:
                 report.sent,
                 newest.guid if newest else "",
                 report.snapshot,
+                report.attempts,
             )
         )
         self._metrics.run_finished(

@@ -336,6 +336,7 @@ class Runner:
             steps=outcome.steps,
             done=outcome.done,
             sent=outcome.sent,
+            attempts=max(1, outcome.attempts),
             snapshot=newest.name if newest else "",
         )
         self._finish(task, report, started, newest)
