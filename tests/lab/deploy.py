@@ -32,21 +32,19 @@ _COMPILE = "cd /mnt && exec {python} -c 'from setuptools import setup; setup()' 
 _COMPILE_SECONDS = 300
 
 
-def extension(suite: str) -> Path:
-    """The folder with our compiled C extension for a suite's Python; compiles it where it is not cached.
+def extension(root: Path) -> Path:
+    """The folder with our compiled C extension for a root's Python; compiles it where it is not cached.
 
-    :raises LabError: the suite's root is not built, or the compiler failed
+    :param root: image of the root file system
+    :raises LabError: the compiler failed
     """
-    found = subprocess.run([SCRIPT, "root", suite], capture_output=True, text=True, timeout=60, check=False)
-    if found.returncode != 0:
-        raise LabError(f"the root of {suite} is not built: {SCRIPT} build {suite}", found.stderr)
-    root = Path(found.stdout.strip())
     settings = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
     sources = sorted(path for pattern in ("*.c", "*.h") for path in (PROJECT / "transport").glob(pattern))
-    key = hashlib.sha256(f"{root.name} {json.dumps(settings)}".encode())
+    key = hashlib.sha256(json.dumps(settings).encode())
     for source in sources:
         key.update(source.name.encode() + b"\0" + source.read_bytes())
-    built = root.parent / f"extension-{key.hexdigest()[:12]}"
+    family = f"extension-{root.stem.removeprefix('ready-')}"
+    built = root.parent / f"{family}-{key.hexdigest()[:12]}"
     if built.exists():
         return built
     with tempfile.TemporaryDirectory() as scratch:
@@ -57,16 +55,15 @@ def extension(suite: str) -> Path:
         for name in ("pyproject.toml", "README.md"):
             shutil.copy(PROJECT / name, folder)
         done = subprocess.run(
-            [SCRIPT, "inside", suite, folder, "/bin/sh", "-c", _COMPILE.format(python=PYTHON)],
+            [SCRIPT, "inside", root, folder, "/bin/sh", "-c", _COMPILE.format(python=PYTHON)],
             capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False,
         )  # fmt: skip
         if done.returncode != 0:
-            raise LabError(f"the C extension cannot be compiled for {suite}", done.stderr[-4000:])
+            raise LabError(f"the C extension cannot be compiled in {root}", done.stderr[-4000:])
+        for older in root.parent.glob(f"{family}-*"):
+            shutil.rmtree(older)
         part = built.with_name(f"{built.name}.{os.getpid()}")
         shutil.copytree(folder / "out" / "transport", part)
-        for older in root.parent.glob("extension-*"):
-            if older != part:
-                shutil.rmtree(older)
         part.rename(built)
     return built
 
@@ -76,7 +73,7 @@ def deploy(node: Node) -> None:
 
     :raises LabError: it failed
     """
-    compiled = extension(node.lab.suite)
+    compiled = extension(node.lab.root)
     kept = [f"--exclude={pattern}" for pattern in ("__pycache__", "*.so", "*.egg-info", "/benchmarks/results")]
     folders = [f"--include=/{name}/***" for name in _FOLDERS]
     files = [f"--include=/{name}" for name in _FILES]

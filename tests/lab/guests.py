@@ -265,6 +265,14 @@ class Lab:
         return _folder(self.name)
 
     @property
+    def root(self) -> Path:
+        """The image of the root file system that its guests run on. :raises LabError: it is not up"""
+        try:
+            return Path((self.folder / "root").read_text().strip())
+        except OSError:
+            raise LabError(f"no lab {self.name!r} is up") from None
+
+    @property
     def zfs_version(self) -> str:
         """First two numbers of the guests' OpenZFS version."""
         return SUITES[self.suite]

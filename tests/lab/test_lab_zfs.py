@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,21 @@ from tests.lab import deploy
 from tests.lab import pytest as guest_pytest
 from tests.lab.guests import CLUSTER, CommandFailed, DeadlinePassed, GuestLost, Lab, LabError, Node
 
+POOL = "smoke"
+
 # Building a root, booting and emulation: the first test of a suite pays for all.
 pytestmark = [pytest.mark.tier("guests"), pytest.mark.timeout(2400)]
 
 
 @pytest.fixture(scope="module")
-def nodes(lab: Lab) -> list[Node]:
-    """Two guests with a pool each and our program."""
+def nodes(lab: Lab) -> Iterator[list[Node]]:
+    """Two guests, each with our program and a pool on its second disk."""
     for node in lab.nodes:
-        node.run("zpool", "create", "tank", "/dev/vdb")
+        node.run("zpool", "create", POOL, "/dev/vdc")
         deploy.deploy(node)
-    return lab.nodes
+    yield lab.nodes
+    for node in lab.nodes:
+        node.run("zpool", "destroy", POOL)
 
 
 def _pytest(node: Node, *arguments: str) -> str:
@@ -37,19 +42,19 @@ def test_openzfs_is_of_the_suites_version(nodes: list[Node]) -> None:
 
 
 def test_the_binding_is_seen_by_our_python(nodes: list[Node]) -> None:
-    program = "import libzfs_core; print(libzfs_core.lzc_exists(b'tank'), libzfs_core.lzc_exists(b'nothing'))"
+    program = "import libzfs_core; print(libzfs_core.lzc_exists(b'smoke'), libzfs_core.lzc_exists(b'nothing'))"
     assert nodes[0].run(deploy.PYTHON, "-c", program).out == "True False\n"
 
 
 def test_a_stream_crosses_the_cluster_network(nodes: list[Node]) -> None:
     one, two = nodes
-    one.run("zfs", "create", "tank/data")
-    one.run("dd", "if=/dev/urandom", "of=/tank/data/file", "bs=1M", "count=8")
-    one.run("zfs", "snapshot", "tank/data@a")
-    one.run("sh", "-c", f"zfs send tank/data@a | ssh {two.name} zfs receive -u tank/copy")
+    one.run("zfs", "create", "smoke/data")
+    one.run("dd", "if=/dev/urandom", "of=/smoke/data/file", "bs=1M", "count=8")
+    one.run("zfs", "snapshot", "smoke/data@a")
+    one.run("sh", "-c", f"zfs send smoke/data@a | ssh {two.name} zfs receive -u smoke/copy")
     guids = [
         node.run("zfs", "get", "-Hpo", "value", "guid", name).out
-        for node, name in ((one, "tank/data@a"), (two, "tank/copy@a"))
+        for node, name in ((one, "smoke/data@a"), (two, "smoke/copy@a"))
     ]
     assert guids[0] == guids[1]
 
@@ -67,12 +72,12 @@ def test_a_cable_that_is_cut_carries_nothing(nodes: list[Node]) -> None:
 
 def test_a_power_cut_loses_what_was_not_synced_and_nothing_else(nodes: list[Node]) -> None:
     node = nodes[1]
-    node.run("zfs", "create", "-o", "recordsize=4k", "tank/cut")
-    node.write("/tank/cut/synced", "synced")
-    node.run("zpool", "sync", "tank")
-    node.run("zfs", "set", "sync=disabled", "tank/cut")
+    node.run("zfs", "create", "-o", "recordsize=4k", "smoke/cut")
+    node.write("/smoke/cut/synced", "synced")
+    node.run("zpool", "sync", POOL)
+    node.run("zfs", "set", "sync=disabled", "smoke/cut")
     node.run("sh", "-c", "echo 3600 > /sys/module/zfs/parameters/zfs_txg_timeout")
-    node.write("/tank/cut/unsynced", "unsynced")
+    node.write("/smoke/cut/unsynced", "unsynced")
     lost: list[LabError] = []
 
     def wait() -> None:
@@ -88,8 +93,8 @@ def test_a_power_cut_loses_what_was_not_synced_and_nothing_else(nodes: list[Node
     node.boot()
     assert not waiting.is_alive()
     assert [type(error) for error in lost] == [GuestLost]
-    assert node.read("/tank/cut/synced") == "synced"
-    assert node.run("ls", "/tank/cut").out.split() == ["synced"]
+    assert node.read("/smoke/cut/synced") == "synced"
+    assert node.run("ls", "/smoke/cut").out.split() == ["synced"]
 
 
 def test_commands_end_at_their_deadline(nodes: list[Node]) -> None:
@@ -100,7 +105,7 @@ def test_commands_end_at_their_deadline(nodes: list[Node]) -> None:
 
 def test_a_command_that_fails_says_so_in_its_own_words(nodes: list[Node]) -> None:
     with pytest.raises(CommandFailed, match="dataset does not exist"):
-        nodes[0].run("zfs", "list", "tank/no such dataset")
+        nodes[0].run("zfs", "list", "smoke/no such dataset")
 
 
 def test_background_processes_are_ended_and_heard(nodes: list[Node]) -> None:
