@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -96,7 +97,7 @@ class Story:
         self._console.print(Text(text, style="bold"))
 
     def _say(self, text: str) -> None:
-        self._console.print(Text(f"  {text}"), soft_wrap=True)
+        self._console.print(Padding(Text(text), (0, 0, 0, 2)))
 
     def _show(self, node: DemoNode, *words: str, expect: int = 0) -> None:
         """Run a command as an operator would, and show it with what it prints."""
