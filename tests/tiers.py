@@ -75,6 +75,15 @@ def _mountable(fs: str, mkfs: str, package: str, size: int) -> Callable[[], str]
     return probe
 
 
+def _zfs() -> str:
+    """A pool ``tank`` that tests may fill: nobody's own machine has one by accident that they may use."""
+    if reason := _root() or _command("zfs", "zfsutils-linux")():
+        return reason
+    if not Path("/lab-init").exists():
+        return "tests use a pool only in a guest of tests/lab"
+    return _run("zpool", "list", "tank")
+
+
 PROBES: dict[str, Callable[[], str]] = {
     "root": _root,
     "netns": _netns,
@@ -84,6 +93,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "ext4": _mountable("ext4", "mkfs.ext4", "e2fsprogs", 32 << 20),
     "sshd": _command("sshd", "openssh-server"),
     "promtool": _command("promtool", "prometheus"),
+    "zfs": _zfs,
     "rsync": _command("rsync", "rsync"),
 }
 

@@ -1,4 +1,9 @@
-"""The cases that each conformance suite runs through."""
+"""The cases that each conformance suite runs through.
+
+A file whose tests are about one kind of stream says so: ``STREAMS = [StreamKind.BLOCKS]``. The others are run through
+by every storage. ZFS takes part where this machine has a pool ``tank`` for it: in a guest of ``tests/lab``, which runs
+these suites there.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +13,35 @@ from pathlib import Path
 
 import pytest
 
+from replicator.model import StreamKind
+from tests import tiers
 from tests.conftest import mounted
 from tests.support.cases import BackendCase, MemoryCase
 from tests.support.endpoint_cases import EndpointCase, open_endpoint
 from tests.support.image_case import ImageCase
+from tests.support.zfs_case import ZfsCase
 
 _NUMBERS = itertools.count()
 
-STORAGES = [
+BLOCK_STORAGES = [
     "memory",
     "image-plain",
     pytest.param("image-xfs", marks=pytest.mark.tier("xfs")),
     pytest.param("image-btrfs", marks=pytest.mark.tier("btrfs")),
 ]
+NATIVE_STORAGES = [pytest.param("zfs", marks=pytest.mark.tier("zfs"))]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" not in metafunc.fixturenames:
+        return
+    streams = getattr(metafunc.module, "STREAMS", list(StreamKind))
+    native = NATIVE_STORAGES if not tiers.missing("zfs") else []
+    storages = [
+        *(BLOCK_STORAGES if StreamKind.BLOCKS in streams else []),
+        *(native if StreamKind.NATIVE in streams else []),
+    ]
+    metafunc.parametrize("case", storages, indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -45,18 +66,20 @@ def make_case(kind: str, request: pytest.FixtureRequest) -> BackendCase:
     """A fresh, empty storage of that kind."""
     if kind == "memory":
         return MemoryCase()
+    if kind == "zfs":
+        return ZfsCase()
     shared = {"image-xfs": "shared_xfs", "image-btrfs": "shared_btrfs"}.get(kind, "tmp_path")
     folder: Path = request.getfixturevalue(shared) / f"store-{next(_NUMBERS)}"
     folder.mkdir()
     return ImageCase(folder)
 
 
-@pytest.fixture(params=STORAGES)
+@pytest.fixture
 def case(request: pytest.FixtureRequest) -> Iterator[BackendCase]:
     """A fresh, empty storage of each kind."""
     made = make_case(request.param, request)
     yield made
-    made.backend.close()
+    made.close()
 
 
 @pytest.fixture(params=["local-memory", "local-image-plain", "remote-memory", "remote-image-plain"])

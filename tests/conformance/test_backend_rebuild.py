@@ -1,4 +1,5 @@
-"""Every backend: a replica that was written to or damaged is made right, and nothing of it is thrown away; restores."""
+"""Every backend of block streams: a replica that was written to or damaged is made right, and nothing of it is thrown
+away; restores."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from replicator.errors import (
     ConnectionLost,
     VolumeBusy,
 )
-from replicator.model import Lineage, Role, Version, VolumeId
+from replicator.model import Lineage, Role, StreamKind, Version, VolumeId
 from replicator.streams import BLOCK_SIZE
 from tests.conformance.replicas import (
     DATA,
@@ -33,6 +34,8 @@ from tests.support.blocks import (
     untouched_stream,
 )
 from tests.support.cases import BackendCase
+
+STREAMS = [StreamKind.BLOCKS]
 
 
 def test_live_data_beside_the_snapshots_is_noticed_and_kept_aside(case: BackendCase) -> None:

@@ -1,4 +1,5 @@
-"""Every backend: a version appears when all of it is durable, or not at all; what was interrupted can be continued."""
+"""Every backend of block streams: a version appears when all of it is durable, or not at all; what was interrupted can
+be continued."""
 
 from __future__ import annotations
 
@@ -40,6 +41,8 @@ from tests.support.blocks import (
     untouched_stream,
 )
 from tests.support.cases import BackendCase
+
+STREAMS = [StreamKind.BLOCKS]
 
 # -- what arrives
 

@@ -1,4 +1,4 @@
-"""Every backend: what it does not take, and that nothing is lost by refusing."""
+"""Every backend of block streams: what it does not take, and that nothing is lost by refusing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from replicator.errors import (
     SnapshotExists,
     StaleEpoch,
 )
-from replicator.model import Lineage, Role, VersionRef, VolumeId
+from replicator.model import Lineage, Role, StreamKind, VersionRef, VolumeId
 from replicator.streams import BLOCK_SIZE, CHUNK_SIZE, MAX_EXTENTS, BlockChunk, Extent, NativeChunk
 from tests.conformance.replicas import (
     DATA,
@@ -44,6 +44,7 @@ from tests.support.blocks import (
 )
 from tests.support.cases import BackendCase
 
+STREAMS = [StreamKind.BLOCKS]
 RIGHT = make_chunk((BLOCK_SIZE, b"a" * 100), (2 * BLOCK_SIZE, 50))
 WRONG: dict[str, BlockChunk | NativeChunk] = {
     "native": NativeChunk(b"opaque"),

@@ -1,4 +1,4 @@
-"""Every backend: what it sends brings a copy of the base to the snapshot, and carries little else."""
+"""Every backend of block streams: what it sends brings a copy of the base to the snapshot, and carries little else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from replicator.streams import BLOCK_SIZE, CHUNK_SIZE, Stream
 from tests.support.blocks import KEY, OTHER_KEY, Applied, Change, apply, changed, pattern
 from tests.support.cases import BackendCase
 
+STREAMS = [StreamKind.BLOCKS]
 VM = VolumeId("store", "vm")
 SIZE = 3 * CHUNK_SIZE + 5 * BLOCK_SIZE
 HOLE = (CHUNK_SIZE, CHUNK_SIZE)

@@ -15,9 +15,15 @@ class BackendCase(ABC):
     """A storage under test, named ``store``.
 
     :ivar backend: use it; ``reopen`` makes it anew from what is durable
+    :ivar unit: sizes of its volumes are multiples of so many bytes, and at least that
     """
 
     backend: Backend
+    unit = 1
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        self.backend.close()
 
     @abstractmethod
     def reopen(self) -> None:
