@@ -36,7 +36,7 @@ from replicator.control import (
 )
 from replicator.endpoint import Endpoint, PruneOutcome, PruneRequest
 from replicator.errors import NoSuchSnapshot, NoSuchVolume, ReplicatorError, UsageError
-from replicator.model import Progress, Version, VolumeId, VolumeState, snapshot_name
+from replicator.model import Progress, Role, Version, VolumeId, VolumeState, snapshot_name
 from replicator.replication import Observer, Replication
 from replicator.restoring import Place, restore
 from replicator.runs import Network, Runner, Survey, Task
@@ -280,12 +280,13 @@ class Engine:
             yield f"{where} has nothing yet: everything is sent"
             return
         yield f"only blocks that differ from what is in {where} are sent"
-        lineage = pair.source.ensure_primary(pair.source_volume)
+        source = pair.source.state(pair.source_volume)
+        lineage = source.lineage if source is not None else None
         if state.head_changed:
             yield f"live data of {where} is moved into a snapshot diverged-<time> there; it stops being writable"
-        if state.lineage is None or state.lineage.uuid != lineage.uuid:
+        if state.lineage is None or lineage is None or state.lineage.uuid != lineage.uuid:
             yield f"{where} becomes a replica of {task.key.volume}; it is not one now"
-        elif state.lineage.role is not state.lineage.role.REPLICA:
+        elif state.lineage.role is not Role.REPLICA:
             yield f"{where} is a primary of its own now; it becomes a replica again"
         if state.resume is not None:
             yield f"the half-received {state.resume.to_name} is discarded"

@@ -16,6 +16,7 @@ from backends.image.kept_digests import DigestWriter
 from backends.image.layout import Live, live_of
 from backends.image.reading import Image, snapshot_shrunk
 from backends.image.records import Meta
+from backends.image.usage import users_of
 from replicator.cancellation import Cancellation
 from replicator.errors import StorageError, Unsupported, VolumeBusy, VolumeChanged
 from replicator.model import Lineage, Role, Version, VersionRef
@@ -138,6 +139,13 @@ def set_aside(context: Context, volume: str, name: str) -> VersionRef | None:
         if context.layout.is_device(volume):
             raise Unsupported(
                 f"{context.label(volume)} is a block device, which cannot be set aside", hint="use another volume name"
+            )
+        users = users_of(source)
+        if users:
+            # What they write after this would go into a file that no longer has a name.
+            raise VolumeBusy(
+                f"{context.label(volume)} is in use by {', '.join(users)}, so it is not removed",
+                hint="stop what uses it, then run it again",
             )
         catalog = context.made_catalog(volume)
         with catalog.writing("keeping its own data aside"):

@@ -14,7 +14,7 @@ from backends.image import ImageBackend
 from backends.image.durable import Files
 from replicator.cancellation import Cancellation
 from replicator.endpoint import DigestRequest, ReceiveMode, ReceiveRequest, SendRequest
-from replicator.errors import DamagedData, NoSpace, StorageUnavailable, VolumeChanged
+from replicator.errors import DamagedData, NoSpace, StorageUnavailable, VolumeBusy, VolumeChanged
 from replicator.model import Lineage, Role, Version, VolumeId
 from replicator.streams import BLOCK_SIZE, Stream
 from tests.support.blocks import KEY, apply, changed, full_chunks, make_stream, make_version, pattern, untouched_stream
@@ -363,3 +363,28 @@ def test_a_storage_that_must_be_mounted_is_not_there_otherwise(tmp_path: Path, s
         with pytest.raises(StorageUnavailable, match="nothing is mounted there"):
             look()
     assert sorted(path.name for path in folder.iterdir()) == ["a.raw"]
+
+
+@pytest.mark.tier("ext4")
+def test_live_data_in_use_is_not_set_aside(tmp_path: Path, ext4_dir: Path) -> None:
+    """What a guest that still runs would write on would be lost with the name of its file."""
+    backend = ImageBackend("images", ext4_dir, checksums=checksum)
+    live = ext4_dir / "a.raw"
+    live.write_bytes(os.urandom(1 << 20))
+    with subprocess.Popen(["sleep", "60"], stdin=live.open("rb")) as user:
+        try:
+            with pytest.raises(VolumeBusy, match=rf"sleep \({user.pid}\)"):
+                backend.set_aside("a.raw", "diverged-x")
+        finally:
+            user.kill()
+    device = subprocess.run(
+        ["losetup", "--find", "--show", str(live)], check=True, capture_output=True, text=True, timeout=30
+    ).stdout.strip()
+    try:
+        with pytest.raises(VolumeBusy, match=device):
+            backend.set_aside("a.raw", "diverged-x")
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True, timeout=30)
+    assert live.exists()
+    assert backend.set_aside("a.raw", "diverged-x") is not None
+    assert not live.exists()
