@@ -97,7 +97,7 @@ class Story:
         self._console.print(Text(text, style="bold"))
 
     def _say(self, text: str) -> None:
-        self._console.print(Padding(Text(text), (0, 0, 0, 2)))
+        self._console.print(Padding(Text(text), (0, 0, 0, 2), expand=False))
 
     def _show(self, node: DemoNode, *words: str, expect: int = 0) -> None:
         """Run a command as an operator would, and show it with what it prints."""
