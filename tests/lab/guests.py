@@ -36,7 +36,8 @@ COPY_SECONDS = 120
 COMMAND_SECONDS = 60
 _GRACE = 15
 _CONSOLE_LINES = 40
-_TIMED_OUT = (124, 137)  # timeout(1): after SIGTERM, after SIGKILL
+_KILLED = 137
+_TIMED_OUT = (124, _KILLED)  # timeout(1): after SIGTERM, after SIGKILL
 _SSH_FAILED = 255
 
 
@@ -170,6 +171,8 @@ class Node:
         """
         command = ["env", f"--chdir={cwd}", *(f"{name}={value}" for name, value in (environment or {}).items())]
         command += ["timeout", "--kill-after=5", f"{timeout:g}", *argv]
+        # Without a shell around it, ssh says of a command that a signal ended what it says of a lost connection.
+        command = ["sh", "-c", '"$@"; exit $?', "sh", *command]
         what = f"{self.name}: {shlex.join(argv)}"
         begun = time.monotonic()
         done = self._script("sh", shlex.join(command), timeout=timeout + _GRACE, data=data)
@@ -178,7 +181,8 @@ class Node:
         if done.status == _SSH_FAILED:
             raise GuestLost(f"{what}: no answer", f"{done.err}\nconsole:\n{self.console()}")
         if check and done.status != 0:
-            raise CommandFailed(what, done)
+            killed = f"\nconsole:\n{self.console()}" if done.status == _KILLED else ""  # for want of memory?
+            raise CommandFailed(what + killed, done)
         return done
 
     def start(self, *argv: str, log: str, cwd: str = "/root") -> Background:

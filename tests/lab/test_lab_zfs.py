@@ -109,6 +109,10 @@ def test_a_command_that_fails_says_so_in_its_own_words(nodes: list[Node]) -> Non
         nodes[0].run("zfs", "list", "smoke/no such dataset")
 
 
+def test_a_command_that_is_killed_is_not_a_lost_guest(nodes: list[Node]) -> None:
+    assert nodes[0].run("sh", "-c", "kill -KILL $$", check=False).status == 137
+
+
 def test_background_processes_are_ended_and_heard(nodes: list[Node]) -> None:
     process = nodes[0].start("sh", "-c", "echo begun; exec sleep 600", log="/root/background.log")
     assert process.running()
@@ -140,8 +144,11 @@ def test_checksums_are_right_on_this_processor(nodes: list[Node]) -> None:
 
 
 def test_the_image_storage_keeps_its_contract_here(nodes: list[Node]) -> None:
-    assert " passed" in _pytest(nodes[0], "tests/conformance", "-k", "image-plain")
+    # The backend alone: with the endpoints, and on XFS and btrfs, it is tested where that takes seconds.
+    assert " passed" in _pytest(nodes[0], "tests/conformance", "-k", "test_backend and image-plain")
 
 
 def test_the_demo_holds_here(nodes: list[Node]) -> None:
+    if nodes[0].lab.suite == "bookworm":
+        pytest.skip("four minutes, and its Python is the host's")
     assert "compared byte by byte: equal" in nodes[0].run("replicator", "demo", timeout=900).out
