@@ -99,8 +99,9 @@ class Dataset:
 
     @property
     def is_placeholder(self) -> bool:
-        """Whether it is one of ours that only holds others. (Its children inherit the property, but not its name.)"""
-        return self.stands_for == self.name
+        """Whether it is one of ours that only holds others. (Its children inherit the property, but not its name.) Once
+        it receives, it has a lineage, and is a volume."""
+        return self.stands_for == self.name and self.lineage is None
 
     @property
     def snapshots(self) -> tuple[Version, ...]:

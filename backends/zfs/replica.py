@@ -274,6 +274,7 @@ class _Restore:
             raise ProtocolError(f"the stream for {request.volume} is not one of {request.to.name} alone", hint="")
         snapshot = f"{self._dataset}@{request.to.name}"
         settings = [f"{properties.OF}={properties.RESTORING}", *(() if head.is_zvol else aside.FILESYSTEM_PROPERTIES)]
+        make_parents(context, self._dataset)
         excluded = () if head.is_zvol else tuple(word for name in EXCLUDED for word in ("-x", name))
         argv = ("zfs", "receive", "-s", "-u", *excluded, *aside.options(settings), snapshot)
         operation = Operation(context.storage, snapshot, "restoring")
