@@ -84,7 +84,7 @@ def deploy(node: Node) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.lab.deploy", description="Put this checkout into guests.")
     parser.add_argument("node", type=int, nargs="*", help="number of a guest; all that are up where none is named")
-    parser.add_argument("--lab", default="dev", help="the lab's name (default: dev)")
+    parser.add_argument("--lab", default=os.environ.get("LAB", "dev"), help="the lab's name (default: LAB, or dev)")
     wanted = parser.parse_args()
     try:
         lab = Lab.attach(wanted.lab)
