@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from backends.zfs import aside, properties, replica, sending
+from backends.zfs import aside, cursors, properties, replica, sending
 from backends.zfs.commands import LIST_DEADLINE, Runner, SystemRunner
 from backends.zfs.context import Context
 from backends.zfs.failures import Operation, failure
@@ -42,6 +42,8 @@ CAPABILITIES = (
 )
 INFO_AGE = 5.0
 """Seconds for which ``info`` may repeat itself: each plan asks for it."""
+WARNINGS_AGE = 60.0
+"""Seconds for which it may repeat what it found wrong with datasets."""
 _MAX_WARNINGS = 20
 
 
@@ -56,7 +58,15 @@ class ZfsBackend:
     stream = StreamKind.NATIVE
     capabilities = CAPABILITIES
 
-    def __init__(self, name: str, root: str, *, runner: Runner | None = None, info_age: float = INFO_AGE) -> None:
+    def __init__(
+        self,
+        name: str,
+        root: str,
+        *,
+        runner: Runner | None = None,
+        info_age: float = INFO_AGE,
+        warnings_age: float = WARNINGS_AGE,
+    ) -> None:
         self.name = names.check_word("storage name", name)
         dataset_names = DatasetNames(name, root)
         runner = runner or SystemRunner()
@@ -64,6 +74,8 @@ class ZfsBackend:
         self._info_age = info_age
         self._info_lock = threading.Lock()
         self._info: tuple[float, StorageInfo] | None = None
+        self._warnings_age = warnings_age
+        self._problems: tuple[float, tuple[str, ...]] | None = None
 
     # -- the storage
 
@@ -87,8 +99,7 @@ class ZfsBackend:
         warnings = []
         if health != "ONLINE":
             warnings.append(f"pool {pool} is {health}: see `zpool status {pool}`")
-        _, problems = context.listing.all()
-        warnings += problems
+        warnings += self._found_problems()
         if len(warnings) > _MAX_WARNINGS:
             warnings[_MAX_WARNINGS:] = [f"and {len(warnings) - _MAX_WARNINGS} more warnings"]
         return StorageInfo(
@@ -101,6 +112,13 @@ class ZfsBackend:
             f"{version}, dataset {root}",
             tuple(warnings),
         )
+
+    def _found_problems(self) -> tuple[str, ...]:
+        """What is wrong with datasets. It takes listing them all, so it is used again for a while."""
+        now = time.monotonic()
+        if self._problems is None or now - self._problems[0] >= self._warnings_age:
+            self._problems = (now, tuple(self._context.listing.all()[1]))
+        return self._problems[1]
 
     def _health(self, pool: str) -> tuple[str, str]:
         """The pool's state and what OpenZFS this is."""
@@ -213,14 +231,20 @@ class ZfsBackend:
             raise self._context.no_such(volume, version)
         if tag not in found.holds:
             replica.hold(self._context, dataset.name, found, tag)
+        if dataset.lineage is not None and dataset.lineage.role is Role.PRIMARY:
+            cursors.make(self._context, dataset, found, tag)
 
     def release(self, volume: str, version: VersionRef, tag: str) -> None:
         """See :class:`~backends.base.Backend`."""
         names.check_tag(tag)
-        found = self._find(volume, version, VersionKind.SNAPSHOT)
-        if found is None or tag not in found[1].holds:
+        dataset = self._context.look(volume)
+        if dataset is None:
             return
-        name = self._context.full_name(found[0].name, found[1])
+        cursors.remove(self._context, dataset, version.guid, tag)
+        found = dataset.find(version.guid)
+        if found is None or tag not in found.holds:
+            return
+        name = self._context.full_name(dataset.name, found)
         done = self._context.attempt("zfs", "release", tag, name)
         if done.status != 0 and "no such tag" not in done.errors and "does not exist" not in done.errors:
             raise failure(done, Operation(self.name, name, "releasing"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from rich.table import Table
@@ -42,13 +42,18 @@ def snapshot_table(sides: tuple[SideSnapshots, ...], *, width: int, now: datetim
 
 
 def _rows(sides: tuple[SideSnapshots, ...]) -> list[list[Version | None]]:
-    by_side = [{version.guid: version for version in side.versions or ()} for side in sides]
+    by_side = [_by_guid(side.versions or ()) for side in sides]
     guids = {guid: version.created for side in by_side for guid, version in side.items()}
     for side in by_side:
         for guid, version in side.items():
             guids[guid] = min(guids[guid], version.created)
     ordered = sorted(guids, key=lambda guid: guids[guid])
     return [[side.get(guid) for side in by_side] for guid in ordered]
+
+
+def _by_guid(versions: Sequence[Version]) -> dict[str, Version]:
+    """Versions by identity; a snapshot goes before a bookmark of it."""
+    return {v.guid: v for v in sorted(versions, key=lambda v: v.kind is VersionKind.SNAPSHOT)}
 
 
 def _cell(version: Version | None, first: Version, room: int) -> Text:

@@ -189,6 +189,23 @@ def test_a_bookmark_as_base(case: ZfsCase) -> None:
     assert [v.guid for v in state(case, VM).versions] == [two.guid]
 
 
+def test_what_a_job_holds_can_be_lost_and_is_a_base_all_the_same(case: ZfsCase) -> None:
+    one, two = make(case, "one", "two")
+    replicate(case, None, one)
+    case.backend.hold("vm", one.ref, TAG)
+    case.backend.hold("vm", one.ref, TAG)
+    (mark,) = [v for v in state(case, VM).versions if v.kind is VersionKind.BOOKMARK]
+    assert (mark.name, mark.guid) == (f"{TAG}:{one.guid}", one.guid)
+    zfs("release", TAG, f"{case.dataset('vm')}@one")
+    zfs("destroy", f"{case.dataset('vm')}@one")
+    receive(case, asked(one, two), opened(case, mark, two))
+    case.backend.release("vm", mark.ref, TAG)
+    assert [v.guid for v in state(case, VM).versions] == [two.guid]
+    case.backend.hold("vm", two.ref, TAG)
+    case.backend.release("vm", two.ref, TAG)
+    assert [(v.kind, v.holds) for v in state(case, VM).versions] == [(VersionKind.SNAPSHOT, ())]
+
+
 def test_names_on_the_replica_are_the_replicas(case: ZfsCase) -> None:
     one, two = make(case, "one", "two")
     replicate(case, None, one)
