@@ -36,7 +36,18 @@ from replicator.control import (
 )
 from replicator.endpoint import Endpoint, PruneOutcome, PruneRequest
 from replicator.errors import NoSuchSnapshot, NoSuchVolume, ReplicatorError, UsageError
-from replicator.model import Progress, Role, Version, VolumeId, VolumeState, snapshot_name
+from replicator.model import (
+    Capability,
+    Progress,
+    Role,
+    StreamKind,
+    Version,
+    VolumeId,
+    VolumeState,
+    snapshot_name,
+)
+from replicator.planning import newest_common
+from replicator.rejoining import rejoin
 from replicator.replication import Observer, Replication
 from replicator.restoring import Place, restore
 from replicator.runs import Network, Runner, Survey, Task
@@ -279,10 +290,13 @@ class Engine:
         if state is None or not (state.versions or state.head_changed):
             yield f"{where} has nothing yet: everything is sent"
             return
-        yield f"only blocks that differ from what is in {where} are sent"
         source = pair.source.state(pair.source_volume)
+        if pair.target.storage(pair.target_volume.storage).stream is StreamKind.NATIVE:
+            yield from _native_effects(where, source, state)
+        else:
+            yield f"only blocks that differ from what is in {where} are sent"
         lineage = source.lineage if source is not None else None
-        if state.head_changed:
+        if state.head_changed and Capability.DIGESTS in pair.target.storage(pair.target_volume.storage).capabilities:
             yield f"live data of {where} is moved into a snapshot diverged-<time> there; it stops being writable"
         if state.lineage is None or lineage is None or state.lineage.uuid != lineage.uuid:
             yield f"{where} becomes a replica of {task.key.volume}; it is not one now"
@@ -308,15 +322,24 @@ class Engine:
                 result = self._full(task, state, observer, cancel)
             else:
                 to = self._newest(task)
-                listen(Note(f"comparing {task.key.volume} with {task.key.target}"))
-                result = verification.resync(pair, to, options, observer=observer, cancel=cancel)
-                # Whatever is newer by now, and the holds of the runs before, are an ordinary run's work.
-                Replication(pair, options, observer=observer, cancel=cancel).run()
+                if pair.target.storage(pair.target_volume.storage).stream is StreamKind.NATIVE:
+                    result = rejoin(pair, to, options, observer=observer, cancel=cancel)
+                else:
+                    result = self._compared(task, to, listen, cancel)
         survey = self._runner.survey(task)
         if survey.error is None:
             self._runner.healed(task)
         self._memory.resynced(result, task.job.name)
         listen(result)
+        return result
+
+    def _compared(self, task: Task, to: Version, listen: Listener, cancel: Cancellation) -> Resync:
+        """Mend a replica by the blocks that differ."""
+        pair, options, observer = task.pair, self._runner.options(task), _progress_to(listen, task)
+        listen(Note(f"comparing {task.key.volume} with {task.key.target}"))
+        result = verification.resync(pair, to, options, observer=observer, cancel=cancel)
+        # Whatever is newer by now, and the holds of the runs before, are an ordinary run's work.
+        Replication(pair, options, observer=observer, cancel=cancel).run()
         return result
 
     def _full(self, task: Task, state: VolumeState | None, observer: Observer, cancel: Cancellation) -> Resync:
@@ -477,6 +500,17 @@ class Engine:
     def check(self) -> tuple[Finding, ...]:
         """See Control."""
         return self._check()
+
+
+def _native_effects(where: str, source: VolumeState | None, target: VolumeState) -> Iterator[str]:
+    common = newest_common(source, target) if source is not None else None
+    if common is None:
+        yield f"nothing is common: all of {where} is kept aside as {where}-diverged-<time>, and everything is sent anew"
+        return
+    newer = [v.name for v in target.snapshots if v.position > common.target.position]
+    if newer or target.head_changed:
+        yield f"{where} is put back to {common.target.name}; what it has after that is kept as {where}-diverged-<time>"
+    yield f"what changed since {common.target.name} is sent"
 
 
 def _mend(key: ReplicaKey) -> str:

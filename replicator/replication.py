@@ -260,7 +260,20 @@ class Replication:
         self.outcome.newest = newest
         return True
 
-    def _transfer(self, step: Step, lineage: Lineage) -> Version:
+    def put_back(self, step: Step, aside: str) -> Version:
+        """Send one step of a native stream that first puts the target back to the step's base.
+
+        What the target has after that base is kept there as ``aside``; without a base, all that it has.
+        """
+        lineage = self._pair.source.ensure_primary(self._pair.source_volume)
+        committed = self._transfer(step, lineage, ReceiveMode.REBUILD, aside)
+        self.outcome.steps += 1
+        self._settle(step, committed)
+        return committed
+
+    def _transfer(
+        self, step: Step, lineage: Lineage, mode: ReceiveMode = ReceiveMode.REPLICA, aside: str = ""
+    ) -> Version:
         """Send one step and return the target's new version."""
         pair, cancel = self._pair, self._cancel
         pair.source.hold(pair.source_volume, step.to.ref, pair.tag)
@@ -290,10 +303,11 @@ class Replication:
                     step.target_base.ref if step.target_base else None,
                     step.arriving,
                     key,
-                    mode=ReceiveMode.REPLICA,
+                    mode=mode,
                     kind=stream.kind,
                     hold=pair.tag,
                     resume=step.resume,
+                    aside=aside,
                 )
                 done = step.resume.offset if step.resume and step.resume.kind is StreamKind.NATIVE else 0
                 total = stream.estimate if stream.estimate is not None else step.estimate
