@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from backends.zfs.commands import Finished, Process, Runner
 from backends.zfs.failures import Operation, failure
 from backends.zfs.sending import enlarge_pipe
-from backends.zfs.stream_head import StreamHead, read_head
+from backends.zfs.stream_head import StreamHead, head_size, read_head
 from replicator.cancellation import Cancellation
 from replicator.errors import ProtocolError, ReplicatorError, StorageUnavailable
 from replicator.streams import CHUNK_SIZE, Chunk, NativeChunk, Stream
@@ -31,19 +31,26 @@ class IncomingStream:
 
     def __init__(self, stream: Stream) -> None:
         self._chunks = iter(stream)
-        self._first: NativeChunk | None = None
+        self._read: list[NativeChunk] = []
 
     def head(self) -> StreamHead:
-        """Read the first chunk. :raises ProtocolError: it is no ZFS stream"""
-        first = next(self._chunks, None)
-        if first is None:
-            raise ProtocolError("the stream is empty", hint="see the log of the other node")
-        self._first = _checked(first)
-        return read_head(self._first.data)
+        """Read as much as it takes. :raises ProtocolError: it is no ZFS stream"""
+        start = bytearray()
+        while len(start) < head_size(start):
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                raise ProtocolError(
+                    f"the stream ended after {len(start)} bytes, before its head did",
+                    hint="see the log of the other node",
+                )
+            copy = bytes(_checked(chunk).data)  # its buffer is needed for what comes
+            chunk.release()
+            start += copy
+            self._read.append(NativeChunk(copy))
+        return read_head(start)
 
     def __iter__(self) -> Iterator[NativeChunk]:
-        start = () if self._first is None else (self._first,)
-        return itertools.chain(start, map(_checked, self._chunks))
+        return itertools.chain(self._read, map(_checked, self._chunks))
 
 
 def _checked(chunk: Chunk) -> NativeChunk:

@@ -203,7 +203,14 @@ class _Receive:
                 hint="both nodes must run the same version",
             )
         base = request.base.guid if request.base is not None else None
-        if not head.compound and (head.to_guid, head.base_guid) != (request.to.guid, base):
+        if head.compound and (base is None or head.datasets != 1 or head.with_properties):
+            raise ProtocolError(
+                f"the stream for {self._label} is a package of {head.datasets} datasets"
+                f"{' with properties' if head.with_properties else ''}, and not the snapshots of one",
+                hint="both nodes must run the same version",
+            )
+        to = head.to_guid if head.compound else request.to.guid  # a package ends with it, and begins with any
+        if (head.to_guid, head.base_guid) != (to, base):
             raise ProtocolError(
                 f"the stream for {self._label} brings snapshot {head.to_guid} on {head.base_guid or 'nothing'}, and "
                 f"not {request.to.guid} on {base or 'nothing'}",
@@ -216,7 +223,7 @@ class _Receive:
         if there is not None and there.is_placeholder:
             argv.append("-F")  # it has no data: nothing can be lost
         for name in EXCLUDED:
-            if not head.is_zvol:
+            if head.compound or not head.is_zvol:  # a zvol has none of them, and zfs says so each time
                 argv += ["-x", name]
         if there is None or there.is_placeholder:
             argv += aside.options(aside.REPLICA_PROPERTIES)

@@ -511,6 +511,9 @@ def test_encrypted_volumes_travel_raw(case: ZfsCase, tmp_path: Path) -> None:
     three = take(case, "three")
     replicate(case, two, three, mode=ReceiveMode.REBUILD, aside="diverged-now")
     assert [v.guid for v in state(case).versions] == [one.guid, two.guid, three.guid]
+    four, five = take(case, "four"), take(case, "five")
+    receive(case, asked(three, five), opened(case, three, five, intermediates=True))
+    assert [v.guid for v in state(case).versions][3:] == [four.guid, five.guid]
 
 
 # -- what somebody did to a replica

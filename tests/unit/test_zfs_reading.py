@@ -15,7 +15,7 @@ from backends.zfs.listing import Listing, parse
 from backends.zfs.naming import DatasetNames
 from backends.zfs.nvlists import unpack
 from backends.zfs.properties import StreamForm
-from backends.zfs.stream_head import StreamHead, read_head
+from backends.zfs.stream_head import StreamHead, head_size, read_head
 from backends.zfs.tokens import read_token
 from replicator.errors import (
     ChecksumMismatch,
@@ -37,7 +37,7 @@ from replicator.errors import (
     VolumeChanged,
 )
 from replicator.model import Lineage, Role, VersionKind
-from tests.support.zfs_records import RecordedRunner, failed, make_head, make_token, native_nvlist, row
+from tests.support.zfs_records import RecordedRunner, failed, make_head, make_token, native_nvlist, package, row
 
 NAMES = DatasetNames("store", "tank/vm")
 UUID = "6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00"
@@ -97,8 +97,22 @@ def test_no_damage_breaks_the_reader(place: int, damage: bytes) -> None:
 def test_a_head_says_what_the_stream_is(order: str) -> None:
     head = read_head(make_head(GUID, 7, features=1 << 24, order=order) + b"more")
     assert head == StreamHead(False, True, False, True, str(GUID), "7")
-    head = read_head(make_head(GUID, compound=True, features=1 << 20, zvol=False, order=order))
-    assert head == StreamHead(True, False, True, False, str(GUID), None)
+    one = package({"name": "tank/vm/a", "snaps": {"one": 1, "two": 2}})
+    data = make_head(GUID, 7, payload=one, features=1 << 24, zvol=False, order=order)
+    assert read_head(data) == StreamHead(True, True, False, False, str(GUID), "7")
+    assert head_size(data[:312]) == len(data)
+    with pytest.raises(ProtocolError):
+        read_head(data[:-20])
+
+
+def test_a_package_says_what_is_in_it() -> None:
+    head = read_head(make_head(1, payload=b""))
+    assert (head.compound, head.datasets, head.with_properties) == (True, 1, False)
+    more = package({"name": "a"}, {"name": "b", "props": {"mountpoint": "/"}})
+    head = read_head(make_head(1, payload=more))
+    assert (head.datasets, head.with_properties) == (2, True)
+    with pytest.raises(ProtocolError):
+        head_size(make_head(1)[:4] + b"\xff\xff\xff\xff" + make_head(1)[8:])
 
 
 @pytest.mark.parametrize("wrong", [b"", b"\0" * 311, b"\0" * 312, b"\xff" * 400, b"\1" + make_head(1)[1:]])
