@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -51,16 +52,16 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
-class Conflict:
+class Conflict(ABC):
     """Why there is no plan: something that only people can decide. Subclasses carry the evidence."""
 
     kind: ClassVar[str] = "conflict"
     route: Route
 
     @property
+    @abstractmethod
     def message(self) -> str:
         """The thing and the cause, one sentence."""
-        raise NotImplementedError
 
     @property
     def hint(self) -> str:
