@@ -8,20 +8,17 @@ tasks that a request means, calls them, and says what came of it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Protocol
 
-from replicator import verification
 from replicator.cancellation import Cancellation
 from replicator.config import Config
 from replicator.control import (
     Finding,
     HistoryEntry,
     Listener,
-    Note,
     PeerStatus,
     PlannedReplica,
     PlannedStep,
@@ -35,24 +32,17 @@ from replicator.control import (
     Status,
 )
 from replicator.endpoint import Endpoint, PruneOutcome, PruneRequest
-from replicator.errors import NoSuchSnapshot, NoSuchVolume, ReplicatorError, UsageError
+from replicator.errors import NoSuchVolume, ReplicatorError, UsageError
+from replicator.mending import Mender, Results
 from replicator.model import (
-    Capability,
     Progress,
-    Role,
-    StreamKind,
-    Version,
     VolumeId,
-    VolumeState,
     snapshot_name,
 )
-from replicator.planning import newest_common
-from replicator.rejoining import rejoin
-from replicator.replication import Observer, Replication
 from replicator.restoring import Place, restore
 from replicator.runs import Network, Runner, Survey, Task
 from replicator.settings import Job
-from replicator.tracker import Replica, ReplicaKey, describe_mismatch
+from replicator.tracker import Replica, ReplicaKey
 from replicator.verification import Resync, Verification
 from replicator.version import version
 
@@ -82,7 +72,7 @@ class Nodes(Network, Protocol):
         """Every configured peer; with ``probe`` each is asked now."""
 
 
-class Memory(Protocol):
+class Memory(Results, Protocol):
     """What happened (see ``replicator.history``)."""
 
     def entries(self, limit: int) -> tuple[HistoryEntry, ...]:
@@ -90,12 +80,6 @@ class Memory(Protocol):
 
     def recall(self, key: ReplicaKey) -> dict[str, object]:
         """Fields of :class:`~replicator.tracker.Replica` as the history has them."""
-
-    def verified(self, result: Verification, job: str) -> None:
-        """A verification ended."""
-
-    def resynced(self, result: Resync, job: str) -> None:
-        """A resync ended."""
 
 
 class Engine:
@@ -119,6 +103,7 @@ class Engine:
         self._tracker = runner.tracker
         self._timetable = timetable
         self._memory = memory
+        self._mender = Mender(runner, memory)
         self._daemon = daemon
         self._check = check
         self._clock = clock
@@ -278,86 +263,13 @@ class Engine:
     def preview_resync(self, volume: str, target: str | None) -> tuple[ResyncPreview, ...]:
         """See Control."""
         return tuple(
-            ResyncPreview(task.key.volume, task.key.target, tuple(self._effects(task)))
+            ResyncPreview(task.key.volume, task.key.target, tuple(self._mender.effects(task)))
             for task in self._tasks_of(volume, target)
         )
 
-    def _effects(self, task: Task) -> Iterator[str]:
-        pair = task.pair
-        where = f"{pair.target.node}/{pair.target_volume}"
-        yield f"a new snapshot of {task.key.volume} is taken, and the replica is made equal to it"
-        state = pair.target.state(pair.target_volume)
-        if state is None or not (state.versions or state.head_changed):
-            yield f"{where} has nothing yet: everything is sent"
-            return
-        source = pair.source.state(pair.source_volume)
-        if pair.target.storage(pair.target_volume.storage).stream is StreamKind.NATIVE:
-            yield from _native_effects(where, source, state)
-        else:
-            yield f"only blocks that differ from what is in {where} are sent"
-        lineage = source.lineage if source is not None else None
-        if state.head_changed and Capability.DIGESTS in pair.target.storage(pair.target_volume.storage).capabilities:
-            yield f"live data of {where} is moved into a snapshot diverged-<time> there; it stops being writable"
-        if state.lineage is None or lineage is None or state.lineage.uuid != lineage.uuid:
-            yield f"{where} becomes a replica of {task.key.volume}; it is not one now"
-        elif state.lineage.role is not Role.REPLICA:
-            yield f"{where} is a primary of its own now; it becomes a replica again"
-        if state.resume is not None:
-            yield f"the half-received {state.resume.to_name} is discarded"
-        yield "no snapshot of the target is destroyed"
-
     def resync(self, volume: str, target: str | None, listen: Listener, cancel: Cancellation) -> tuple[Resync, ...]:
         """See Control."""
-        return tuple(self._resync(task, listen, cancel) for task in self._tasks_of(volume, target))
-
-    def _resync(self, task: Task, listen: Listener, cancel: Cancellation) -> Resync:
-        pair, options = task.pair, self._runner.options(task)
-        with self._runner.exclusive(task, cancel):
-            failed = self._runner.snapshot(task.job, (pair.source_volume,), cancel)
-            if pair.source_volume in failed:
-                raise failed[pair.source_volume]
-            state = pair.target.state(pair.target_volume)
-            observer = _progress_to(listen, task)
-            if state is None or not (state.versions or state.head_changed):
-                result = self._full(task, state, observer, cancel)
-            else:
-                to = self._newest(task)
-                if pair.target.storage(pair.target_volume.storage).stream is StreamKind.NATIVE:
-                    result = rejoin(pair, to, options, observer=observer, cancel=cancel)
-                else:
-                    result = self._compared(task, to, listen, cancel)
-        survey = self._runner.survey(task)
-        if survey.error is None:
-            self._runner.healed(task)
-        self._memory.resynced(result, task.job.name)
-        listen(result)
-        return result
-
-    def _compared(self, task: Task, to: Version, listen: Listener, cancel: Cancellation) -> Resync:
-        """Mend a replica by the blocks that differ."""
-        pair, options, observer = task.pair, self._runner.options(task), _progress_to(listen, task)
-        listen(Note(f"comparing {task.key.volume} with {task.key.target}"))
-        result = verification.resync(pair, to, options, observer=observer, cancel=cancel)
-        # Whatever is newer by now, and the holds of the runs before, are an ordinary run's work.
-        Replication(pair, options, observer=observer, cancel=cancel).run()
-        return result
-
-    def _full(self, task: Task, state: VolumeState | None, observer: Observer, cancel: Cancellation) -> Resync:
-        """Nothing to compare with: an ordinary first replication."""
-        pair = task.pair
-        if state is not None:
-            pair.target.adopt(pair.target_volume, pair.source.ensure_primary(pair.source_volume))
-        replication = Replication(pair, self._runner.options(task), observer=observer, cancel=cancel)
-        outcome = replication.run()
-        name = outcome.newest.name if outcome.newest else ""
-        return Resync(str(pair.source_volume), pair.target_text, name, 0, outcome.done, outcome.sent, ())
-
-    def _newest(self, task: Task) -> Version:
-        state = task.pair.source.state(task.pair.source_volume)
-        mine = [v for v in state.snapshots if v.job == task.job.name] if state else []
-        if not mine:
-            raise NoSuchSnapshot(f"{task.key.volume} has no snapshot of job {task.job.name}", hint="sync it first")
-        return max(mine, key=lambda v: v.position)
+        return tuple(self._mender.resync(task, listen, cancel) for task in self._tasks_of(volume, target))
 
     def verify(
         self,
@@ -371,7 +283,7 @@ class Engine:
         """See Control."""
         results = []
         for task in self._tasks_of(volume, target):
-            results.append(self._verify(task, snapshot, repair, listen, cancel))
+            results.append(self._mender.verify(task, snapshot, repair, listen, cancel))
         return tuple(results)
 
     def verify_job(self, job: str, cancel: Cancellation) -> tuple[Verification, ...]:
@@ -379,26 +291,11 @@ class Engine:
         results = []
         for task in self._runner.tasks(self._job(job)):
             try:
-                results.append(self._verify(task, None, False, lambda _: None, cancel))
+                results.append(self._mender.verify(task, None, False, lambda _: None, cancel))
             except ReplicatorError as error:
                 LOG.warning("verification of %s on %s failed: %s", task.key.volume, task.key.target, error)
                 self._tracker.problem(task.key, "failed", f"verification failed: {error}", error.hint)
         return tuple(results)
-
-    def _verify(
-        self, task: Task, snapshot: str | None, repair: bool, listen: Listener, cancel: Cancellation
-    ) -> Verification:
-        options, observer = self._runner.options(task), _progress_to(listen, task)
-        with self._runner.exclusive(task, cancel):
-            found = verification.verify(task.pair, options, observer=observer, cancel=cancel, snapshot=snapshot)
-            if repair and not found.equal:
-                listen(Note(f"mending {found.range_count} ranges of {task.key.volume} on {task.key.target}"))
-                found = verification.repair(task.pair, found, options, observer=observer, cancel=cancel)
-        differs = not found.equal and not found.repaired
-        self._tracker.recall(task.key, mismatch=describe_mismatch(found.snapshot, found.differing) if differs else "")
-        self._memory.verified(found, task.job.name)
-        listen(found)
-        return found
 
     # -- snapshots
 
@@ -502,17 +399,6 @@ class Engine:
         return self._check()
 
 
-def _native_effects(where: str, source: VolumeState | None, target: VolumeState) -> Iterator[str]:
-    common = newest_common(source, target) if source is not None else None
-    if common is None:
-        yield f"nothing is common: all of {where} is kept aside as {where}-diverged-<time>, and everything is sent anew"
-        return
-    newer = [v.name for v in target.snapshots if v.position > common.target.position]
-    if newer or target.head_changed:
-        yield f"{where} is put back to {common.target.name}; what it has after that is kept as {where}-diverged-<time>"
-    yield f"what changed since {common.target.name} is sent"
-
-
 def _mend(key: ReplicaKey) -> str:
     return (
         f"`replicator resync {key.volume} --target {key.target}` makes it right; "
@@ -525,13 +411,6 @@ def _pruned(endpoint: Endpoint, request: PruneRequest) -> PruneReport:
         return PruneReport(endpoint.node, str(request.volume), endpoint.prune(request))
     except ReplicatorError as error:
         return PruneReport(endpoint.node, str(request.volume), (), str(error))
-
-
-def _progress_to(listen: Listener, task: Task) -> Observer:
-    def observe(progress: Progress) -> None:
-        listen(replace(progress, volume=task.key.volume))
-
-    return observe
 
 
 def _state(replica: Replica, lag: float | None, objective: float | None, paused: bool) -> State:
