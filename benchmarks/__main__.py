@@ -7,9 +7,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
-from benchmarks.report import Result, print_table, write_json
+from benchmarks.report import Result, print_table, wide_console, write_json
 
 SUBJECTS = ("checksum", "stream", "incremental", "scheduler", "daemon")
 """Each is a module ``benchmarks.bench_<subject>`` with ``run(quick) -> list[Result]``."""
@@ -25,7 +23,7 @@ def main() -> int:
     unknown = sorted(set(options.subjects) - set(SUBJECTS))
     if unknown:
         parser.error(f"no such subject: {', '.join(unknown)}")
-    console = Console()
+    console = wide_console()
     results: list[Result] = []
     for subject in options.subjects or SUBJECTS:
         found = importlib.import_module(f"benchmarks.bench_{subject}").run(options.quick)

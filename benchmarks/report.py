@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,9 +58,14 @@ def compare(
     return Result(subject, case, ours, peer, peer_name, unit, better / worse, target)
 
 
+def wide_console() -> Console:
+    """On a terminal as wide as that is; elsewhere wide enough that no cell is folded."""
+    return Console(width=None if sys.stdout.isatty() else 180)
+
+
 def print_table(results: Iterable[Result], console: Console | None = None) -> None:
     """Print one table per subject, in the order in which they came."""
-    console = console or Console()
+    console = console or wide_console()
     subjects: dict[str, list[Result]] = {}
     for result in results:
         subjects.setdefault(result.subject, []).append(result)
