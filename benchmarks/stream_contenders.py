@@ -15,9 +15,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection as ProcessPipe
@@ -40,8 +38,6 @@ from transport.server import Server
 MIB = 1024 * 1024
 DISTINCT = 8
 """MiB of different data, sent again and again."""
-WINDOW = 4
-"""Chunks being verified at a time, at most."""
 SSH_CIPHER = "aes128-gcm@openssh.com"
 Move = Callable[[int], float]
 _FORK = multiprocessing.get_context("fork")
@@ -152,22 +148,11 @@ class _Target:
         return request.to
 
     def _verify(self, stream: Stream, key: bytes) -> None:
-        """In a worker with a window of chunks, as the image backend does."""
-
-        def check(chunk: BlockChunk) -> None:
+        for chunk in stream:
+            assert isinstance(chunk, BlockChunk)
             if checksum.digest_blocks(chunk.data, key) != chunk.digests:
                 raise ChecksumMismatch("a block differs")
             chunk.release()
-
-        window: deque[Future[None]] = deque()
-        with ThreadPoolExecutor(1) as pool:
-            for chunk in stream:
-                assert isinstance(chunk, BlockChunk)
-                window.append(pool.submit(check, chunk))
-                if len(window) > WINDOW:
-                    window.popleft().result()
-            for done in window:
-                done.result()
 
     def _pour(self, stream: Stream) -> None:
         with _consumer() as (descriptor, finish):
