@@ -88,8 +88,12 @@ class Upkeep:
             self._node.engine.refresh()
 
     def _take_revocations(self, identity: Identity, peer: str) -> None:
-        pem = self._node.network.cluster_endpoint(peer).crl()
-        if pem and identity.take_crl(pem):
+        try:
+            taken = bool(pem := self._node.network.cluster_endpoint(peer).crl()) and identity.take_crl(pem)
+        except ReplicatorError as error:  # what one peer says must not keep the others' lists from being taken
+            logs.event(LOG, "warning", "revocation list not taken", peer=peer, error=error)
+            return
+        if taken:
             logs.event(LOG, "info", "revocation list taken", peer=peer)
             self._end_revoked(identity)
 

@@ -19,13 +19,17 @@ STOP_TIMEOUT = 30.0
 
 
 def loopback_network() -> str:
-    """The first three numbers of a /24 of the loopback range in which nothing listens, for example ``127.83.12``."""
-    while True:
+    """The first three numbers of a /24 of the loopback range in which nothing listens, for example ``127.83.12``.
+
+    :raises ReplicatorError: none was found
+    """
+    for _ in range(100):
         prefix = f"127.{secrets.randbelow(200) + 30}.{secrets.randbelow(200) + 30}"
         with suppress(OSError), socket.socket() as first, socket.socket() as second:
             first.bind((f"{prefix}.1", 8571))
             second.bind((f"{prefix}.2", 8571))
             return prefix
+    raise ReplicatorError("no free addresses were found in the loopback range", hint="see `ip address show lo`")
 
 
 @dataclass(slots=True)
