@@ -34,6 +34,7 @@ from transport.frames import (
     FrameType,
     encode_header,
 )
+from transport.inbox import Inbox
 from transport.payloads import PING, PONG, ClockFilter, Hello, Link, decode_error, encode_error
 from transport.tls import TlsChannel
 
@@ -109,7 +110,7 @@ class Connection:
         self._wall_clock = wall_clock
         self._buffers = BufferPool()
         self._decoder = FrameDecoder(BEFORE_HELLO, self._buffers)
-        self._inbox: queue.Queue[Frame | None] = queue.Queue(QUEUED_FRAMES)
+        self._inbox = Inbox(QUEUED_FRAMES)
         self._write = threading.Lock()
         self._sequence = 0
         self._stream = 0
@@ -243,18 +244,15 @@ class Connection:
 
     def _deliver(self, frame: Frame, ticked: float) -> float:
         while True:
-            try:
-                self._inbox.put(frame, timeout=self.deadlines.heartbeat)
-            except queue.Full:  # its consumer is slow; tell the peer that we are alive
-                if self._error is not None:
-                    raise self._error from None
-                if self._discard:
-                    frame.release()
-                    return ticked
-                self._tick()
-                ticked = time.monotonic()
-            else:
+            if self._inbox.put(frame, self.deadlines.heartbeat):
                 return ticked
+            if self._error is not None:  # its consumer is slow, or gone
+                raise self._error
+            if self._discard:
+                frame.release()
+                return ticked
+            self._tick()  # tell the peer that we are alive
+            ticked = time.monotonic()
 
     def _tick(self) -> None:
         self._pinged = self._wall_clock()
@@ -291,8 +289,7 @@ class Connection:
         first = self._error is None
         if first:
             self._error = error
-        with suppress(queue.Full):
-            self._inbox.put_nowait(None)
+        self._inbox.end()
         if first:
             self.on_end(error)
 
@@ -394,7 +391,7 @@ class Connection:
             raise self._aborted
         try:
             # What came before the end is still delivered.
-            frame = self._inbox.get(block=self._error is None, timeout=timeout)
+            frame = self._inbox.get(timeout if self._error is None else 0.0)
         except queue.Empty:
             if self._error is None:
                 self._fail(DeadlineExceeded(f"node {self.peer} did not answer for {timeout:.0f} s", hint="see its log"))
@@ -413,7 +410,7 @@ class Connection:
         """As :meth:`receive`, but None where nothing comes in time, and the connection stays open."""
         if self._error is None and self._aborted is None:
             try:
-                frame = self._inbox.get(timeout=timeout)
+                frame = self._inbox.get(timeout)
             except queue.Empty:
                 return None
             if frame is not None and frame.type is not FrameType.ERROR:
@@ -483,7 +480,7 @@ class Connection:
         with suppress(ReplicatorError):
             if error is not None and self._error is None and self._aborted is None and self._peer_error is None:
                 self._discard = True
-                self._drain()
+                self._inbox.drain()
                 self.send(FrameType.ERROR, (encode_error(error),))
                 if self._reader is not None:
                     self._reader.join(
@@ -495,13 +492,6 @@ class Connection:
             self._reader.join(linger)
         self._fail(ConnectionLost("the connection was closed by this node", hint=""))
         if self._reader is not None and self._reader is not threading.current_thread():
-            self._drain()
+            self._inbox.drain()
             self._reader.join(linger)
         self._channel.close()
-
-    def _drain(self) -> None:
-        with suppress(queue.Empty):
-            while True:
-                frame = self._inbox.get_nowait()
-                if frame is not None:
-                    frame.release()
