@@ -18,7 +18,17 @@ from typing import Protocol
 
 from replicator.cancellation import Cancellation
 from replicator.endpoint import DigestBatch, DigestRequest, ReceiveRequest, SendRequest
-from replicator.model import Capability, Lineage, StorageInfo, StreamKind, Version, VersionRef, VolumeInfo, VolumeState
+from replicator.model import (
+    Capability,
+    Lack,
+    Lineage,
+    StorageInfo,
+    StreamKind,
+    Version,
+    VersionRef,
+    VolumeInfo,
+    VolumeState,
+)
 from replicator.streams import Stream
 
 
@@ -44,6 +54,13 @@ class Backend(Protocol):
     def info(self) -> StorageInfo:
         """Size, free space, what it can do and what an operator should know.
 
+        :raises StorageUnavailable: the storage is not there now
+        """
+
+    def lacking(self, uses: Capability) -> tuple[Lack, ...]:
+        """What this process is not allowed to do, and would have to be for these uses.
+
+        :param uses: SEND for a source, RECEIVE for a target
         :raises StorageUnavailable: the storage is not there now
         """
 

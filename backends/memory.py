@@ -31,6 +31,7 @@ from replicator.errors import (
 )
 from replicator.model import (
     Capability,
+    Lack,
     Lineage,
     Role,
     StorageInfo,
@@ -181,6 +182,10 @@ class MemoryBackend:
     def info(self) -> StorageInfo:
         """See :class:`~backends.base.Backend`."""
         return StorageInfo(self.name, self.kind, self.stream, self.capabilities, 0, 0, "in memory, gone at exit")
+
+    def lacking(self, _uses: Capability) -> tuple[Lack, ...]:
+        """See :class:`~backends.base.Backend`."""
+        return ()
 
     def volumes(self) -> tuple[VolumeInfo, ...]:
         """See :class:`~backends.base.Backend`."""

@@ -155,6 +155,7 @@ def _findings(
         config, identity.expires if identity else None, str(problem or ""), problem.hint if problem else ""
     )
     yield from checks.storages(local.storages())
+    yield from checks.privileges(config, local.lacking)
     yield from checks.peers(network.peers(probe=True))
     yield from checks.jobs(config, runner, network.endpoint)
 

@@ -13,7 +13,7 @@ from replicator.config import Config
 from replicator.control import Finding, Level, PeerStatus
 from replicator.endpoint import Endpoint
 from replicator.errors import ReplicatorError
-from replicator.model import Capability, StorageInfo, StreamKind
+from replicator.model import Capability, Lack, StorageInfo, StreamKind
 from replicator.runs import Runner
 
 MAX_CLOCK_DIFFERENCE = 2.0
@@ -116,6 +116,32 @@ def storages(infos: Iterable[StorageInfo]) -> Iterator[Finding]:
             yield Finding(subject, Level.WARNING, warning)
         if info.free < info.total * LOW_SPACE:
             yield Finding(subject, Level.WARNING, f"nearly full: {free}", "make room, or keep fewer snapshots")
+
+
+def privileges(config: Config, lacking: Callable[[str, Capability], tuple[Lack, ...]]) -> Iterator[Finding]:
+    """Whether this process may do to each of its storages what jobs and peers use it for."""
+    node = config.node.name
+    uses: dict[str, Capability] = {}
+    wanted = [
+        *(
+            (name, Capability.SEND)
+            for job in config.jobs.values()
+            if job.source.node == node
+            for name in job.source.storages
+        ),
+        *((t.storage, Capability.RECEIVE) for job in config.jobs.values() for t in job.targets if t.node == node),
+        *((name, Capability.RECEIVE) for peer in config.peers.values() for name in peer.may_push_to),
+        *((name, Capability.SEND) for peer in config.peers.values() for name in peer.may_pull_from),
+    ]
+    for name, use in wanted:
+        uses[name] = uses.get(name, Capability.NONE) | use
+    for name, use in sorted(uses.items()):
+        try:
+            found = lacking(name, use)
+        except ReplicatorError:  # it is not there, which is told already
+            continue
+        for lack in found:
+            yield Finding(f"storage {name}", Level.FAILED, lack.message, lack.remedy)
 
 
 def jobs(config: Config, runner: Runner, endpoint: Callable[[str], Endpoint]) -> Iterator[Finding]:

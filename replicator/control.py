@@ -155,7 +155,10 @@ class ResyncPreview:
 
 @dataclass(frozen=True, slots=True)
 class SideSnapshots:
-    """The snapshots of a volume on one side. ``node`` and ``volume`` say where; None versions: it does not exist."""
+    """The snapshots of a volume on one side. ``node`` and ``volume`` say where; None versions: it does not exist.
+
+    :ivar leftovers: what holds of ours nothing needs any more, a sentence each
+    """
 
     node: str
     volume: str
@@ -164,6 +167,7 @@ class SideSnapshots:
     versions: tuple[Version, ...] | None
     partial: str = ""
     message: str = ""
+    leftovers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Protocol
 
+from replicator import leftovers
 from replicator.cancellation import Cancellation
 from replicator.config import Config
 from replicator.control import (
@@ -324,6 +325,7 @@ class Engine:
             return SideSnapshots(endpoint.node, str(volume), "", None, None)
         partial = f"{state.resume.to_name} at byte {state.resume.offset}" if state.resume else ""
         lineage = state.lineage
+        own = leftovers.find(state, self._config) if endpoint.node == self._config.node.name else ()
         return SideSnapshots(
             endpoint.node,
             str(volume),
@@ -332,6 +334,7 @@ class Engine:
             state.versions,
             partial,
             "somebody wrote to it: it has live data that no snapshot has" if state.head_changed else "",
+            tuple(f"{found.version.name} is protected for nothing by {found.tag}: {found.why}" for found in own),
         )
 
     def prune(self, job: str, dry_run: bool) -> tuple[PruneReport, ...]:

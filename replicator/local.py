@@ -34,6 +34,8 @@ from replicator.errors import (
     VolumeBusy,
 )
 from replicator.model import (
+    Capability,
+    Lack,
     Lineage,
     Role,
     StorageInfo,
@@ -139,6 +141,10 @@ class LocalEndpoint:
     def storage(self, name: str) -> StorageInfo:
         """See :class:`~replicator.endpoint.Endpoint`."""
         return self._backend(name).info()
+
+    def lacking(self, storage: str, uses: Capability) -> tuple[Lack, ...]:
+        """What this process is not allowed to do with a storage; see :class:`~backends.base.Backend`."""
+        return self._backend(storage).lacking(uses)
 
     def volumes(self, storage: str) -> tuple[VolumeInfo, ...]:
         """See :class:`~replicator.endpoint.Endpoint`."""

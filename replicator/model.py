@@ -101,6 +101,13 @@ class Version:
         return job_of(self.name)
 
     @property
+    def tags(self) -> tuple[str, ...]:
+        """The tags that protect it: its holds; of a cursor, the tag of the hold that it goes with."""
+        tag, _, guid = self.name.rpartition(":")
+        is_cursor = self.kind is VersionKind.BOOKMARK and guid == self.guid and HoldTag.parse(tag) is not None
+        return (*self.holds, tag) if is_cursor else self.holds
+
+    @property
     def is_diverged(self) -> bool:
         """Whether this is data that a resync kept aside."""
         return self.name.startswith(DIVERGED_PREFIX)
@@ -126,6 +133,29 @@ def job_of(name: str) -> str | None:
 def hold_tag(job: str, target_node: str, target_storage: str) -> str:
     """The tag under which ``job`` holds the base for one target, on both sides."""
     return names.check_tag(f"{SNAPSHOT_PREFIX}:{job}:{target_node}:{target_storage}")
+
+
+def cursor_name(tag: str, guid: str) -> str:
+    """The name of the bookmark that goes with a hold on a source: still a base where somebody destroys the snapshot."""
+    return f"{tag}:{guid}"
+
+
+@dataclass(frozen=True, slots=True)
+class HoldTag:
+    """What a tag of :func:`hold_tag` says: the job, and the target's node and storage."""
+
+    job: str
+    node: str
+    storage: str
+
+    @classmethod
+    def parse(cls, tag: str) -> HoldTag | None:
+        """None where the tag is not of a job and target of ours."""
+        prefix, *parts = tag.split(":")
+        return cls(*parts) if prefix == SNAPSHOT_PREFIX and len(parts) == 3 else None
+
+    def __str__(self) -> str:
+        return f"job {self.job} for {self.node}:{self.storage}"
 
 
 class Role(StrEnum):
@@ -216,6 +246,17 @@ class StorageInfo:
     free: int
     detail: str
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Lack:
+    """Something that a storage needs for what it is used for, and has not.
+
+    :ivar remedy: what to do, a command line where one does it
+    """
+
+    message: str
+    remedy: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,9 +220,9 @@ def holds_for(step: Step, tag: str) -> StepHolds:
 
 
 def stale_holds(state: VolumeState, tag: str, keep: Set[str]) -> list[tuple[Version, str]]:
-    """Versions that still carry our hold ``tag`` although their guid is none of ``keep``: left by a run that ended
-    between the confirmation and the release."""
-    return [(v, tag) for v in state.versions if tag in v.holds and v.guid not in keep]
+    """Versions that still carry our hold ``tag`` (or are a cursor that goes with it) although their guid is none of
+    ``keep``: left by a run that ended between the confirmation and the release."""
+    return [(v, tag) for v in state.versions if tag in v.tags and v.guid not in keep]
 
 
 def _position(version: Version) -> int:

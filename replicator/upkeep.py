@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from replicator import logs
+from replicator import leftovers, logs
 from replicator.assembly import Node
 from replicator.errors import IdentityError, ReplicatorError
 from transport.identity import Identity
@@ -24,6 +24,8 @@ REFRESH = 600.0
 """Seconds between two listings of all replicas; runs list their own anyway."""
 RENEW = 6 * 3600.0
 HISTORY = 24 * 3600.0
+LEFTOVERS = 6 * 3600.0
+"""Seconds between two searches of all volumes for holds that nothing needs any more."""
 TRIM = 15.0
 """Seconds between two times that memory which transfers have used and freed is given back to the system."""
 
@@ -43,6 +45,7 @@ class Upkeep:
         """Begin."""
         self._repeat("refresh", REFRESH, self._node.engine.refresh)
         self._repeat("history", HISTORY, self._node.history.prune)
+        self._repeat("leftovers", LEFTOVERS, lambda: leftovers.release(self._node.config, self._node.local))
         self._repeat("memory", TRIM, _trim_memory)
         identity = self._node.identity
         if identity is not None:

@@ -23,6 +23,7 @@ from replicator.endpoint import DigestBatch, DigestRequest, ReceiveRequest, Send
 from replicator.errors import NoSuchVolume, ReplicatorError
 from replicator.model import (
     Capability,
+    Lack,
     Lineage,
     Role,
     StorageInfo,
@@ -133,6 +134,10 @@ class ImageBackend:
         return found
 
     # -- listings
+
+    def lacking(self, _uses: Capability) -> tuple[Lack, ...]:
+        """See :class:`~backends.base.Backend`. A directory that cannot be written to shows in ``info``."""
+        return ()
 
     def volumes(self) -> tuple[VolumeInfo, ...]:
         """See :class:`~backends.base.Backend`."""

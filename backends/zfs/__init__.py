@@ -10,7 +10,8 @@ somebody did to a replica is kept before it is put back (``aside.py``).
 
 From the outside in: ``backend.py`` answers; ``sending.py``, ``receiving.py`` and ``replica.py`` move streams;
 ``listing.py`` reads what is there; ``tokens.py``, ``stream_head.py`` and ``nvlists.py`` read what zfs writes for
-itself; ``commands.py`` runs the commands and ``failures.py`` knows what their words mean.
+itself; ``library.py`` changes snapshots, holds and bookmarks, through libzfs_core where it can (``binding.py``,
+``workers.py``); ``commands.py`` runs the commands and ``failures.py`` knows what their words mean.
 """
 
 from backends.zfs.backend import ZfsBackend

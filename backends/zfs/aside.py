@@ -48,7 +48,7 @@ def detach(context: Context, dataset: Dataset, base: Version | None, name: str) 
     :return: the other dataset's name
     """
     if (dataset.written > 0 or base is None) and dataset.named(name) is None:
-        context.change("zfs", "snapshot", f"{dataset.name}@{name}", dataset=dataset.name, doing="keeping the data of")
+        context.library.snapshot([f"{dataset.name}@{name}"])
     kept = f"{dataset.name}-{name}"
     passage = passage_of(dataset.name)
     if base is not None:

@@ -6,18 +6,22 @@ import threading
 import time
 from collections.abc import Iterator
 
-from backends.zfs import aside, cursors, properties, replica, sending
+from backends.zfs import aside, cursors, privileges, properties, replica, sending
+from backends.zfs.binding import LibraryChoice, installed
 from backends.zfs.commands import LIST_DEADLINE, Runner, SystemRunner
 from backends.zfs.context import Context
 from backends.zfs.failures import Operation, failure
 from backends.zfs.listing import Dataset, Listing, parse, versions_of
 from backends.zfs.naming import DatasetNames
+from backends.zfs.pool_state import PoolState
+from backends.zfs.workers import Workers
 from replicator import names
 from replicator.cancellation import Cancellation
 from replicator.endpoint import DigestBatch, DigestRequest, ReceiveRequest, SendRequest
 from replicator.errors import NoSuchVolume, SnapshotHeld, Unsupported, VolumeBusy
 from replicator.model import (
     Capability,
+    Lack,
     Lineage,
     Role,
     StorageInfo,
@@ -52,6 +56,7 @@ class ZfsBackend:
 
     :param root: the dataset that holds the volumes; it must exist, and its pool may come and go
     :param runner: what runs zfs and zpool; tests give one that answers from a record
+    :param choice: of what changes snapshots, holds and bookmarks; libzfs_core where it can be used, if none is given
     """
 
     kind = "zfs"
@@ -64,13 +69,16 @@ class ZfsBackend:
         root: str,
         *,
         runner: Runner | None = None,
+        choice: LibraryChoice | None = None,
         info_age: float = INFO_AGE,
         warnings_age: float = WARNINGS_AGE,
     ) -> None:
         self.name = names.check_word("storage name", name)
         dataset_names = DatasetNames(name, root)
-        runner = runner or SystemRunner()
-        self._context = Context(dataset_names, runner, Listing(dataset_names, runner))
+        pool = PoolState(dataset_names.pool)
+        runner = runner or SystemRunner(pool.check)
+        self._choice = choice or LibraryChoice(name, root, runner, Workers(pool), installed)
+        self._context = Context(dataset_names, runner, Listing(dataset_names, runner), self._choice.library)
         self._info_age = info_age
         self._info_lock = threading.Lock()
         self._info: tuple[float, StorageInfo] | None = None
@@ -99,6 +107,8 @@ class ZfsBackend:
         warnings = []
         if health != "ONLINE":
             warnings.append(f"pool {pool} is {health}: see `zpool status {pool}`")
+        if unused := context.library.warning():
+            warnings.append(unused)
         warnings += self._found_problems()
         if len(warnings) > _MAX_WARNINGS:
             warnings[_MAX_WARNINGS:] = [f"and {len(warnings) - _MAX_WARNINGS} more warnings"]
@@ -109,7 +119,7 @@ class ZfsBackend:
             self.capabilities,
             int(used) + int(free),
             int(free),
-            f"{version}, dataset {root}",
+            f"{version}, dataset {root}, through {context.library.describe()}",
             tuple(warnings),
         )
 
@@ -131,6 +141,17 @@ class ZfsBackend:
         said = lines[-1] if version.status == 0 and lines[-1] else lines[0]
         kernel = next((line for line in lines if line.startswith("zfs-kmod-")), said)
         return listed.output.strip(), f"OpenZFS {kernel.removeprefix('zfs-kmod-').removeprefix('zfs-')}"
+
+    def lacking(self, uses: Capability) -> tuple[Lack, ...]:
+        """See :class:`~backends.base.Backend`."""
+        context, account = self._context, privileges.Account.own()
+        context.require_root()
+        wanted = {right for use, rights in privileges.NEEDED.items() if use in uses for right in rights}
+        missing = ",".join(privileges.missing(context.runner, self.name, context.names.root, wanted, account))
+        if not missing:
+            return ()
+        message = f"user {account.user} is not allowed to {missing.replace(',', ', ')} on {context.names.root}"
+        return (Lack(message, f"zfs allow -u {account.user} {missing} {context.names.root}"),)
 
     # -- listings
 
@@ -171,7 +192,7 @@ class ZfsBackend:
         missing = [snapshot for snapshot in wanted if snapshot not in there]
         if missing:
             self._check_may_snapshot(volumes)
-            context.change("zfs", "snapshot", *missing, dataset=missing[0], doing="taking the snapshot")
+            context.library.snapshot(missing)
             there |= self._named(missing)
         return tuple(there[snapshot] for snapshot in wanted)
 
@@ -202,13 +223,11 @@ class ZfsBackend:
             return
         dataset, there = found
         name = self._context.full_name(dataset.name, there)
-        done = self._context.attempt("zfs", "destroy", name)
-        if done.status == 0 or "does not exist" in done.errors or "could not find any snapshots" in done.errors:
+        error = self._context.library.destroy([name]).get(name)
+        if error is None:
             return
-        error = failure(done, Operation(self.name, name, "destroying"))
-        held = (
-            self._context.look(volume) if isinstance(error, VolumeBusy) and there.kind is VersionKind.SNAPSHOT else None
-        )
+        perhaps_held = isinstance(error, (VolumeBusy, SnapshotHeld)) and there.kind is VersionKind.SNAPSHOT
+        held = self._context.look(volume) if perhaps_held else None
         tags = held.find(there.guid) if held is not None else None
         if tags is not None and tags.holds:
             raise SnapshotHeld(
@@ -244,10 +263,7 @@ class ZfsBackend:
         found = dataset.find(version.guid)
         if found is None or tag not in found.holds:
             return
-        name = self._context.full_name(dataset.name, found)
-        done = self._context.attempt("zfs", "release", tag, name)
-        if done.status != 0 and "no such tag" not in done.errors and "does not exist" not in done.errors:
-            raise failure(done, Operation(self.name, name, "releasing"))
+        self._context.library.release(self._context.full_name(dataset.name, found), tag)
 
     # -- data
 
@@ -287,7 +303,7 @@ class ZfsBackend:
         own = lineage is None or lineage.role is Role.PRIMARY or dataset.head_changed
         kept = None
         if own and (dataset.written > 0 or not dataset.snapshots):
-            context.change("zfs", "snapshot", snapshot, dataset=snapshot, doing="keeping the data of")
+            context.library.snapshot([snapshot])
             kept = self._named([snapshot])[snapshot].ref
         if lineage is not None and lineage.role is Role.PRIMARY:
             self.set_lineage(volume, Lineage(lineage.uuid, Role.REPLICA, lineage.epoch))
@@ -308,4 +324,5 @@ class ZfsBackend:
         return VolumeInfo(VolumeId(self.name, new), source.size, None)
 
     def close(self) -> None:
-        """Nothing is kept open between calls."""
+        """See :class:`~backends.base.Backend`."""
+        self._choice.close()

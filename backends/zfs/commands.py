@@ -7,7 +7,7 @@ import os
 import selectors
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, Protocol
 
@@ -21,6 +21,8 @@ MAX_OUTPUT = 256 << 20
 """Bytes of an answer: a million snapshots with long names."""
 MAX_ERRORS = 16 << 10
 """Bytes kept of what a command says about its failure."""
+_LOOK_AGAIN = 1.0
+"""Seconds between two looks at whether there is any point in waiting."""
 _KILL_DEADLINE = 2.0
 """A process that waits for a suspended pool cannot be killed; it is left behind after so many seconds."""
 _ENVIRONMENT = {
@@ -61,6 +63,9 @@ class Process(Protocol):
     def kill(self) -> None:
         """End it now, without waiting."""
 
+    def check(self) -> None:
+        """:raises StorageUnavailable: there is no point in waiting for it"""
+
 
 class Runner(Protocol):
     """Starts commands; tests give one that answers from a record."""
@@ -76,10 +81,15 @@ class Runner(Protocol):
 
 
 class SystemProcess:
-    """A process of this machine. Its error output is kept, up to a cap."""
+    """A process of this machine. Its error output is kept, up to a cap.
 
-    def __init__(self, argv: tuple[str, ...], *, reading: bool) -> None:
+    :param check: raises where there is no point in waiting
+    """
+
+    def __init__(self, argv: tuple[str, ...], check: Callable[[], None], *, reading: bool) -> None:
+        check()
         self._argv = argv
+        self.check = check
         self._process = _start(
             argv,
             stdin=subprocess.DEVNULL if reading else subprocess.PIPE,
@@ -117,25 +127,33 @@ class SystemProcess:
 
 
 class SystemRunner:
-    """Runs the commands of this machine."""
+    """Runs the commands of this machine.
+
+    :param check: asked before each command, and again and again while it is waited for; raises where there is no point
+        in waiting
+    """
+
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+        self._check = check
 
     def run(self, argv: Sequence[str], deadline: float) -> Finished:
         """See :class:`Runner`."""
         args = tuple(argv)
+        self._check()
         process = _start(args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         try:
-            output, errors = _collect(process, args, time.monotonic() + deadline, deadline)
+            output, errors = _collect(process, args, time.monotonic() + deadline, deadline, self._check)
         finally:
             _dispose(process)
         return Finished(args, process.returncode, _text(output), _text(errors).strip())
 
     def read_from(self, argv: Sequence[str]) -> Process:
         """See :class:`Runner`."""
-        return SystemProcess(tuple(argv), reading=True)
+        return SystemProcess(tuple(argv), self._check, reading=True)
 
     def write_to(self, argv: Sequence[str]) -> Process:
         """See :class:`Runner`."""
-        return SystemProcess(tuple(argv), reading=False)
+        return SystemProcess(tuple(argv), self._check, reading=False)
 
 
 def _start(argv: tuple[str, ...], *, stdin: int, stdout: int) -> subprocess.Popen[bytes]:
@@ -159,7 +177,11 @@ def _piped(stream: IO[bytes] | None) -> IO[bytes]:
 
 
 def _collect(
-    process: subprocess.Popen[bytes], argv: tuple[str, ...], until: float, deadline: float
+    process: subprocess.Popen[bytes],
+    argv: tuple[str, ...],
+    until: float,
+    deadline: float,
+    check: Callable[[], None],
 ) -> tuple[bytes, bytes]:
     """Both outputs to their end.
 
@@ -175,7 +197,10 @@ def _collect(
             left = until - time.monotonic()
             if left <= 0:
                 raise _too_late(argv, deadline)
-            for key, _ in selector.select(left):
+            ready = selector.select(min(left, _LOOK_AGAIN))
+            if not ready:
+                check()
+            for key, _ in ready:
                 stream = stdout if key.fileobj is stdout else stderr
                 piece = os.read(key.fd, 1 << 20)
                 if not piece:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from backends.zfs.commands import CHANGE_DEADLINE, Finished, Runner
 from backends.zfs.failures import Operation, failure, is_missing
+from backends.zfs.library import Library
 from backends.zfs.listing import Dataset, Listing
 from backends.zfs.naming import DatasetNames
 from replicator.errors import NoSuchSnapshot, NoSuchVolume
@@ -14,11 +16,20 @@ from replicator.model import Version, VersionKind, VersionRef
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One storage: its names, its commands, its listings."""
+    """One storage: its names, its commands, its listings.
+
+    :ivar choose: says what changes snapshots, holds and bookmarks, see :attr:`library`
+    """
 
     names: DatasetNames
     runner: Runner
     listing: Listing
+    choose: Callable[[], Library]
+
+    @property
+    def library(self) -> Library:
+        """What changes snapshots, holds and bookmarks."""
+        return self.choose()
 
     @property
     def storage(self) -> str:

@@ -7,13 +7,9 @@ same, the bookmark is still a base to send from. It is called ``TAG:GUID`` after
 from __future__ import annotations
 
 from backends.zfs.context import Context
-from backends.zfs.failures import Operation, failure, is_missing
 from backends.zfs.listing import Dataset
 from backends.zfs.naming import MAX_DATASET
-from replicator.model import SNAPSHOT_PREFIX, Version, VersionKind
-
-_PARTS = 4
-"""Of the tag of a job and a target: ``replicator:JOB:NODE:STORAGE``; other holds are short-lived."""
+from replicator.model import HoldTag, Version, VersionKind, cursor_name
 
 
 def make(context: Context, dataset: Dataset, version: Version, tag: str) -> None:
@@ -21,10 +17,7 @@ def make(context: Context, dataset: Dataset, version: Version, tag: str) -> None
     name = _name(dataset, version.guid, tag)
     if name is None or any(v.name == name and v.kind is VersionKind.BOOKMARK for v in dataset.versions):
         return
-    full = f"{dataset.name}#{name}"
-    done = context.attempt("zfs", "bookmark", f"{dataset.name}@{version.name}", full)
-    if done.status != 0 and "exists" not in done.errors:
-        raise failure(done, Operation(context.storage, full, "making the bookmark"))
+    context.library.bookmark(f"{dataset.name}@{version.name}", f"{dataset.name}#{name}")
 
 
 def remove(context: Context, dataset: Dataset, guid: str, tag: str) -> None:
@@ -32,15 +25,11 @@ def remove(context: Context, dataset: Dataset, guid: str, tag: str) -> None:
     name = _name(dataset, guid, tag)
     if not any(v.name == name and v.kind is VersionKind.BOOKMARK for v in dataset.versions):
         return
-    full = f"{dataset.name}#{name}"
-    done = context.attempt("zfs", "destroy", full)
-    if done.status != 0 and not is_missing(done):
-        raise failure(done, Operation(context.storage, full, "destroying the bookmark"))
+    for error in context.library.destroy([f"{dataset.name}#{name}"]).values():
+        raise error
 
 
 def _name(dataset: Dataset, guid: str, tag: str) -> str | None:
-    parts = tag.split(":")
-    if parts[0] != SNAPSHOT_PREFIX or len(parts) != _PARTS:
-        return None
-    name = f"{tag}:{guid}"
-    return name if len(f"{dataset.name}#{name}") <= MAX_DATASET else None
+    """None where there is none: other holds are short-lived."""
+    name = cursor_name(tag, guid)
+    return name if HoldTag.parse(tag) is not None and len(f"{dataset.name}#{name}") <= MAX_DATASET else None

@@ -134,7 +134,7 @@ _RULES = (
         "nothing of it was kept as complete; the run is tried again",
     ),
     _rule(
-        r"it's being held|is being held|\bheld\b|holds? .*exist",
+        r"\bheld\b",
         SnapshotHeld,
         "`zfs holds SNAPSHOT` names who holds it; a job releases its hold once its target has a newer snapshot",
     ),
@@ -167,7 +167,11 @@ _MISSING = re.compile(
 
 def failure(finished: Finished, operation: Operation) -> ReplicatorError:
     """The error for a command that failed."""
-    said = words(finished)
+    return failure_of(words(finished), operation)
+
+
+def failure_of(said: str, operation: Operation) -> ReplicatorError:
+    """The error for what ZFS said, by whatever way: a command, or libzfs_core."""
     message = f"storage {operation.storage}: {operation.doing} {operation.dataset} failed: {said}"
     for rule in _RULES:
         if rule.words.search(said):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import selectors
 import time
 from collections.abc import Iterator
 
@@ -109,29 +110,38 @@ def _own_failure(done: Finished | None, operation: Operation) -> ReplicatorError
 
 def _write_all(process: Process, stream: IncomingStream, cancel: Cancellation) -> None:
     held: NativeChunk | None = None
-    for chunk in stream:
+    os.set_blocking(process.pipe, False)  # a process that waits for a suspended pool neither reads nor dies
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.pipe, selectors.EVENT_WRITE)
+        for chunk in stream:
+            cancel.check()
+            if held is not None:
+                _write(process, held, selector, cancel)
+            held = chunk
         cancel.check()
         if held is not None:
-            _write(process.pipe, held)
-        held = chunk
-    cancel.check()
-    if held is not None:
-        _write(process.pipe, held)
+            _write(process, held, selector, cancel)
 
 
-def _write(fd: int, chunk: NativeChunk) -> None:
+def _write(process: Process, chunk: NativeChunk, selector: selectors.BaseSelector, cancel: Cancellation) -> None:
     view = memoryview(chunk.data).cast("B")
     while view:
-        view = view[os.write(fd, view) :]
+        try:
+            view = view[os.write(process.pipe, view) :]
+        except BlockingIOError:
+            if not selector.select(_LOOK_AGAIN):
+                cancel.check()
+                process.check()
     chunk.release()
 
 
 def _finished(process: Process, deadline: float) -> Finished | None:
-    """Close its input and wait for its end."""
+    """Close its input and wait for its end. :raises StorageUnavailable: there is no point in waiting"""
     process.close_pipe()
     until = time.monotonic() + deadline
     while time.monotonic() < until:
         done = process.finish(_LOOK_AGAIN)
         if done is not None:
             return done
+        process.check()
     return None

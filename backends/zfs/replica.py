@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from backends.zfs import aside, properties
 from backends.zfs.context import Context
-from backends.zfs.failures import Operation, failure
+from backends.zfs.failures import Operation
 from backends.zfs.listing import Dataset
 from backends.zfs.properties import StreamForm
 from backends.zfs.receiving import IncomingStream, feed
@@ -292,7 +292,8 @@ class _Restore:
             if found is not None and found.of == properties.RESTORING:
                 abort(context, found)
             raise
-        context.change("zfs", "destroy", snapshot, dataset=snapshot, doing="restoring")
+        for error in context.library.destroy([snapshot]).values():
+            raise error
         context.change("zfs", "inherit", properties.OF, self._dataset, dataset=self._dataset, doing="restoring")
         return replace(request.to, holds=())
 
@@ -307,10 +308,7 @@ def abort(context: Context, there: Dataset) -> None:
 
 def hold(context: Context, dataset: str, version: Version | VersionRef, tag: str) -> None:
     """Hold a snapshot. Nothing happens if that tag holds it already."""
-    name = context.full_name(dataset, version)
-    done = context.attempt("zfs", "hold", tag, name)
-    if done.status != 0 and "tag already exists" not in done.errors:
-        raise failure(done, Operation(context.storage, name, "holding"))
+    context.library.hold(context.full_name(dataset, version), tag)
 
 
 def make_parents(context: Context, dataset: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from backends.zfs.commands import Process
 from backends.zfs.context import Context
 from backends.zfs.failures import Operation, failure
+from backends.zfs.library import command_space
 from backends.zfs.listing import Dataset
 from backends.zfs.tokens import read_token
 from replicator.cancellation import Cancellation
@@ -22,8 +23,6 @@ from replicator.errors import NoSuchSnapshot, StaleResume, StorageUnavailable, U
 from replicator.model import ResumeState, StreamKind, Version, VersionKind, VersionRef
 from replicator.streams import CHUNK_SIZE, ChunkStream, NativeChunk, Stream
 
-ESTIMATE_DEADLINE = 30.0
-"""Seconds; an estimate that takes longer is none."""
 _GATHER = 0.2
 """Seconds for which a chunk that is not full waits for more: crumbs cost more than they are worth."""
 _END_DEADLINE = 30.0
@@ -84,6 +83,7 @@ def read_chunks(process: Process, operation: Operation, cancel: Cancellation) ->
         while not ended:
             while not selector.select(_LOOK_AGAIN):  # one that waits for a suspended pool does not even die
                 cancel.check()
+                process.check()
             buffer = buffers.take()
             size, ended = _fill(process.pipe, buffer, selector)
             cancel.check()
@@ -129,28 +129,23 @@ def argv_of(dataset: Dataset, base: Version | None, to: Version, *, intermediate
     return (*dataset.default_form.flags, *source, f"{name}@{to.name}")
 
 
-def size_of(context: Context, arguments: tuple[str, ...]) -> int | None:
-    """Bytes that zfs send with these arguments would write; None where it does not say so in time."""
-    try:
-        done = context.attempt("zfs", "send", "-n", "-v", "-P", *arguments, deadline=ESTIMATE_DEADLINE)
-    except StorageUnavailable:
+def size_of(context: Context, dataset: Dataset, base: Version | None, to: Version, intermediates: bool) -> int | None:
+    """Bytes that zfs send would write for one step; None where it does not say so in time. From a bookmark it takes as
+    long as the send itself, so there is none."""
+    if base is not None and base.kind is VersionKind.BOOKMARK:
         return None
-    for line in reversed((done.output + "\n" + done.errors).split("\n")):
-        word, _, number = line.partition("\t")
-        if word == "size" and number.strip().isdecimal():
-            return int(number)
-    return None
+    if intermediates:  # the command adds up the steps
+        return command_space(context.runner, argv_of(dataset, base, to, intermediates=True))
+    source = f"{dataset.name}@{base.name}" if base is not None else None
+    return context.library.send_space(f"{dataset.name}@{to.name}", source, dataset.default_form.flags)
 
 
 def estimate(context: Context, volume: str, base: VersionRef | None, to: VersionRef) -> int | None:
-    """See :meth:`backends.base.Backend.estimate`. From a bookmark it takes as long as the send itself, so there is
-    none."""
+    """See :meth:`backends.base.Backend.estimate`."""
     dataset = context.require(volume)
     target = context.snapshot(volume, dataset, to)
     source = context.version(volume, dataset, base) if base is not None else None
-    if source is not None and source.kind is VersionKind.BOOKMARK:
-        return None
-    return size_of(context, argv_of(dataset, source, target))
+    return size_of(context, dataset, source, target, False)
 
 
 def open_stream(context: Context, request: SendRequest, cancel: Cancellation) -> Stream:
@@ -170,13 +165,12 @@ def open_stream(context: Context, request: SendRequest, cancel: Cancellation) ->
     total: int | None
     if request.resume is not None:
         arguments = _resumed(request, request.resume, base, to)
-        rest = size_of(context, arguments)
+        rest = command_space(context.runner, arguments)
         total = request.resume.offset + rest if rest is not None else None
     else:
         intermediates = request.intermediates and base is not None and base.kind is VersionKind.SNAPSHOT
         arguments = argv_of(dataset, base, to, intermediates=intermediates)
-        bookmark = base is not None and base.kind is VersionKind.BOOKMARK
-        total = None if bookmark else size_of(context, arguments)
+        total = size_of(context, dataset, base, to, intermediates)
     started: list[Process] = []
     operation = Operation(context.storage, f"{dataset.name}@{to.name}", "sending")
 

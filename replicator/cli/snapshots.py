@@ -11,7 +11,7 @@ from rich.text import Text
 from replicator.cli.output import safe
 from replicator.cli.tables import ago, fold, natural_width, plain_table
 from replicator.control import SideSnapshots
-from replicator.model import Version, VersionKind
+from replicator.model import HoldTag, Version, VersionKind
 
 MIN_NAME = 24
 
@@ -73,12 +73,16 @@ def details(sides: tuple[SideSnapshots, ...]) -> Iterator[Text]:
         where = Text(f"{safe(side.node)}/{safe(side.volume)}: ", style="bold")
         yield where.append(_summary(side), style="not bold")
         for version in side.versions or ():
-            if version.holds:
-                yield Text(f"  {safe(version.name)} is held by {', '.join(map(safe, version.holds))}", style="dim")
+            if version.tags:
+                kept = "held" if version.kind is VersionKind.SNAPSHOT else "kept as a base"
+                owners = ", ".join(safe(str(HoldTag.parse(tag) or tag)) for tag in version.tags)
+                yield Text(f"  {safe(version.name)} is {kept} by {owners}", style="dim")
         if side.partial:
             yield Text(f"  half received: {safe(side.partial)}", style="yellow")
         if side.message:
             yield Text(f"  {safe(side.message)}", style="yellow")
+        for leftover in side.leftovers:
+            yield Text(f"  {safe(leftover)}; `replicator serve` releases it", style="yellow")
 
 
 def _summary(side: SideSnapshots) -> str:

@@ -32,7 +32,7 @@ BLOCK_STORAGES = [
 NATIVE_STORAGES = [pytest.param("zfs", marks=pytest.mark.tier("zfs"))]
 
 # Without a storage of native streams here there is nothing to run them on; `make lab` runs them where there is.
-collect_ignore = ["test_backend_native.py"] if tiers.missing("zfs") else []
+collect_ignore = ["test_backend_native.py", "test_zfs_library.py"] if tiers.missing("zfs") else []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -367,8 +367,8 @@ def test_snapshots_of_all_sides_stand_side_by_side(terminal: Terminal) -> None:
     assert rows[version(2).name] == ["bookmark", "yes", "-", "-"]
     assert rows[version(3).name] == ["yes,", "held", "yes", "-", "-"]
     for part in (
-        "as renamed", f"is held by {tag}", "half received: x at byte 7", "cannot reach prox3", "could not be asked",
-        "does not exist", "replica, epoch 1, 3 snapshots", "1 snapshot, 1 bookmark",
+        "as renamed", "is held by job vms for prox2:backup", "half received: x at byte 7", "cannot reach prox3",
+        "could not be asked", "does not exist", "replica, epoch 1, 3 snapshots", "1 snapshot, 1 bookmark",
     ):  # fmt: skip
         assert part in result.stdout, part
 

@@ -19,7 +19,7 @@ from replicator.conflicts import (
     StaleEpoch,
 )
 from replicator.errors import ConflictError
-from replicator.model import Capability, Role, StorageInfo, StreamKind, VersionKind, VolumeState
+from replicator.model import Capability, Role, StorageInfo, StreamKind, VersionKind, VolumeState, cursor_name
 from replicator.names import check_snapshot
 from replicator.planning import (
     Intermediates,
@@ -465,6 +465,9 @@ def test_our_own_stale_holds_are_found_and_no_others() -> None:
     versions = (snap(1, holds=[TAG]), snap(2, holds=["other"]), snap(3, holds=["other", TAG]), snap(4, holds=[TAG]))
     state = source_state(*versions)
     assert stale_holds(state, TAG, {"guid4"}) == [(versions[0], TAG), (versions[2], TAG)]
+    cursors = [mark(n, name=cursor_name(TAG, f"guid{n}")) for n in (2, 4)]
+    state = source_state(mark(1), *cursors)
+    assert stale_holds(state, TAG, {"guid4"}) == [(cursors[0], TAG)]
 
 
 def test_the_last_common_version_with_each_target_is_protected() -> None:

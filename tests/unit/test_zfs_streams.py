@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from backends.zfs import commands
-from backends.zfs.commands import SystemRunner
+from backends.zfs.commands import Process, SystemProcess, SystemRunner
 from backends.zfs.failures import Operation
 from backends.zfs.receiving import IncomingStream, feed
 from backends.zfs.sending import read_chunks
@@ -157,6 +157,71 @@ def test_cancelling_a_receive_that_stands_still() -> None:
     many = [NativeChunk(pattern(CHUNK_SIZE))] * 8
     with pytest.raises(Cancelled):
         fed("exec sleep 1000", incoming(NativeChunk(HEAD), *many), cancel)
+
+
+class Stuck(SystemRunner):
+    """Its processes wait for a pool that is suspended: they neither read nor die."""
+
+    def __init__(self) -> None:
+        self.suspended = False
+        self.started: list[SystemProcess] = []
+        super().__init__(self.check)
+
+    def check(self) -> None:
+        if self.suspended:
+            raise StorageUnavailable("pool tank is suspended", hint="")
+
+    def write_to(self, argv: Sequence[str]) -> Process:
+        return self._start(argv, reading=False)
+
+    def read_from(self, argv: Sequence[str]) -> Process:
+        return self._start(argv, reading=True)
+
+    def _start(self, argv: Sequence[str], *, reading: bool) -> Process:
+        process = SystemProcess(tuple(argv), self.check, reading=reading)
+        process.kill = lambda: None  # type: ignore[method-assign]
+        self.started.append(process)
+        return process
+
+
+@pytest.fixture
+def stuck() -> Iterator[Stuck]:
+    runner = Stuck()
+    yield runner
+    for process in runner.started:
+        process._process.kill()
+        process._process.wait(30)
+
+
+def test_a_receive_on_a_suspended_pool_is_not_waited_for(stuck: Stuck) -> None:
+    def suspend() -> Iterator[Chunk]:
+        yield NativeChunk(HEAD)
+        stuck.suspended = True
+        yield from [NativeChunk(pattern(CHUNK_SIZE))] * 8
+
+    stream = IncomingStream(ChunkStream(StreamKind.NATIVE, suspend()))
+    with pytest.raises(StorageUnavailable, match="is suspended"):
+        feed(stuck, ("/bin/sleep", "1000"), stream, OPERATION, Cancellation())
+
+
+def test_a_receive_whose_end_waits_for_a_suspended_pool_is_not_waited_for(stuck: Stuck) -> None:
+    def suspend() -> Iterator[Chunk]:
+        yield NativeChunk(HEAD)
+        stuck.suspended = True
+
+    stream = IncomingStream(ChunkStream(StreamKind.NATIVE, suspend()))
+    with pytest.raises(StorageUnavailable, match="is suspended"):
+        feed(stuck, ("/bin/sleep", "1000"), stream, OPERATION, Cancellation())
+
+
+def test_a_send_from_a_suspended_pool_is_not_waited_for(stuck: Stuck) -> None:
+    chunks = read_chunks(stuck.read_from(shell("echo data; exec sleep 1000")), OPERATION, Cancellation())
+    assert bytes(next(chunks).data) == b"data\n"
+    stuck.suspended = True
+    with pytest.raises(StorageUnavailable, match="is suspended"):
+        next(chunks)
+    with pytest.raises(StorageUnavailable, match="is suspended"):
+        stuck.read_from(shell("echo data"))
 
 
 @pytest.mark.parametrize("wrong", [make_chunk((0, b"x")), NativeChunk(b""), NativeChunk(bytes(CHUNK_SIZE + 1))])

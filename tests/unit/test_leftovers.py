@@ -1,0 +1,198 @@
+"""Holds that nothing needs any more, and rights that are missing: what is found, and what is left alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from backends.memory import MemoryBackend
+from backends.zfs import privileges
+from backends.zfs.privileges import SOURCE, TARGET, Account, granted
+from replicator import checks, config, leftovers
+from replicator.config import Config
+from replicator.control import Level
+from replicator.errors import StorageError, StorageUnavailable
+from replicator.local import LocalEndpoint
+from replicator.model import (
+    Capability,
+    HoldTag,
+    Lack,
+    Lineage,
+    Role,
+    Version,
+    VersionKind,
+    VolumeId,
+    VolumeState,
+    cursor_name,
+    hold_tag,
+)
+from tests.support.versions import EPOCH as NOW
+from tests.support.zfs_records import RecordedRunner, failed
+from transport import checksum
+
+BASE = """
+[node]
+name = "prox1"
+[network]
+cluster = "10.99.0.0/24"
+listen = "10.99.0.1:8571"
+[storage.tank]
+kind = "zfs"
+root = "tank/vm"
+[storage.backup]
+kind = "zfs"
+root = "tank/backup"
+[peer.prox2]
+address = "10.99.0.2:8571"
+may_push_to = ["backup"]
+[job.vms]
+source = "tank:*"
+targets = ["prox2:backup", "backup"]
+[job.pulled]
+source = {node = "prox2", volumes = "tank:*"}
+targets = ["backup"]
+"""
+UUID = "6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00"
+RIGHT = hold_tag("vms", "prox2", "backup")
+OLD_JOB = hold_tag("old", "prox2", "backup")
+OLD_TARGET = hold_tag("vms", "prox3", "backup")
+
+
+def read(tmp_path: Path, text: str = BASE) -> Config:
+    path = tmp_path / "replicator.toml"
+    path.write_text(text)
+    return config.load(path)
+
+
+def version(number: int, *holds: str, kind: VersionKind = VersionKind.SNAPSHOT, name: str = "") -> Version:
+    return Version(name or f"s{number}", str(number), NOW, number, kind, holds=holds)
+
+
+def state(*versions: Version, role: Role = Role.PRIMARY, volume: str = "tank:vm") -> VolumeState:
+    return VolumeState(VolumeId.parse(volume), None, versions, Lineage(UUID, role, 1))
+
+
+def found(what: VolumeState, read_config: Config) -> list[tuple[str, str]]:
+    return [(left.tag, left.why) for left in leftovers.find(what, read_config)]
+
+
+def test_tags_of_ours_say_whose_they_are() -> None:
+    assert HoldTag.parse(RIGHT) == HoldTag("vms", "prox2", "backup")
+    assert str(HoldTag.parse(RIGHT)) == "job vms for prox2:backup"
+    for other in ("", "replicator", "replicator:a:b", "replicator:a:b:c:d", "other:a:b:c", "replicator:rejoin"):
+        assert HoldTag.parse(other) is None
+    mark = version(5, kind=VersionKind.BOOKMARK, name=cursor_name(RIGHT, "5"))
+    assert mark.tags == (RIGHT,)
+    for name, kind in (
+        (cursor_name(RIGHT, "6"), VersionKind.BOOKMARK),
+        (cursor_name(RIGHT, "5"), VersionKind.SNAPSHOT),
+        ("replicator:x:5", VersionKind.BOOKMARK),
+    ):
+        assert version(5, kind=kind, name=name).tags == ()
+
+
+def test_holds_of_a_job_or_target_that_is_gone_are_left_over(tmp_path: Path) -> None:
+    mark = version(3, kind=VersionKind.BOOKMARK, name=cursor_name(OLD_JOB, "3"))
+    own = hold_tag("pulled", "prox1", "backup")
+    made = state(version(1, RIGHT, OLD_JOB, "by hand"), version(2, OLD_TARGET), mark, version(4, own))
+    assert found(made, read(tmp_path)) == [
+        (OLD_JOB, "this node has no job old"),
+        (OLD_TARGET, "job vms has no target prox3:backup"),
+        (OLD_JOB, "this node has no job old"),
+        (own, "this node has no job pulled"),
+    ]
+
+
+def test_what_may_be_anothers_is_left_alone(tmp_path: Path) -> None:
+    pulls = BASE.replace('may_push_to = ["backup"]', 'may_pull_from = ["tank"]')
+    assert found(state(version(1, OLD_JOB)), read(tmp_path, pulls)) == []
+    theirs = state(version(1, hold_tag("theirs", "prox1", "backup")), role=Role.REPLICA, volume="backup:prox2/vm")
+    assert found(theirs, read(tmp_path)) == []
+    own = state(version(1, OLD_JOB), role=Role.REPLICA, volume="backup:prox1/vm")
+    assert [tag for tag, _ in found(own, read(tmp_path))] == [OLD_JOB]
+
+
+def test_what_is_left_over_is_released(tmp_path: Path) -> None:
+    read_config = read(tmp_path)
+    memory = MemoryBackend("tank", checksums=checksum)
+    local = LocalEndpoint("prox1", {"tank": memory})
+    for name in ("vm", "other"):
+        memory.create(name, b"data")
+    memory.set_lineage("vm", Lineage(UUID, Role.PRIMARY, 1))
+    for volume in ("vm", "other"):
+        (made,) = memory.snapshot((volume,), "s1")
+        for tag in (RIGHT, OLD_JOB, OLD_TARGET, "by-hand"):
+            memory.hold(volume, made.ref, tag)
+    leftovers.release(read_config, local)  # storage "backup" is not there
+    held = {}
+    for volume in ("vm", "other"):
+        after = memory.state(volume)
+        assert after is not None
+        held[volume] = set(after.versions[0].holds)
+    assert held == {"vm": {RIGHT, "by-hand"}, "other": {RIGHT, OLD_JOB, OLD_TARGET, "by-hand"}}
+
+
+# -- rights
+
+ALLOWED = """---- Permissions on tank/vm ------------------------------------------
+Permission sets:
+\t@keep hold,release
+\t@more @keep,bookmark
+Create time permissions:
+\trollback
+Local permissions:
+\tuser replicator diff
+Descendent permissions:
+\tuser replicator rename
+Local+Descendent permissions:
+\tuser other destroy
+\tuser replicator @more,send
+\tgroup backup operators mount
+\tgroup staff share
+\teveryone userprop
+---- Permissions on tank ---------------------------------------------
+Local permissions:
+\tuser replicator destroy
+Descendent permissions:
+\tuser replicator diff
+Local+Descendent permissions:
+\tuser replicator snapshot
+"""
+WHO = Account("replicator", frozenset({"replicator", "backup operators"}))
+
+
+def test_rights_are_read_with_groups_sets_and_what_is_above() -> None:
+    rights = granted(ALLOWED, "tank/vm", WHO)
+    assert {r for r in rights if not r.startswith("@")} == {
+        "bookmark", "diff", "hold", "mount", "release", "send", "snapshot", "userprop"
+    }  # fmt: skip
+    assert granted("", "tank/vm", WHO) == frozenset()
+
+
+def test_what_is_missing() -> None:
+    runner = RecordedRunner({("zfs", "allow", "tank/vm"): ALLOWED, ("zfs", "allow", "gone"): failed("cannot open")})
+    assert privileges.missing(runner, "tank", "tank/vm", SOURCE, WHO) == ("destroy",)
+    assert "receive" in privileges.missing(runner, "tank", "tank/vm", TARGET, WHO)
+    assert privileges.missing(runner, "tank", "tank/vm", SOURCE, Account("root", frozenset(), root=True)) == ()
+    with pytest.raises(StorageError):
+        privileges.missing(runner, "tank", "gone", SOURCE, WHO)
+
+
+def test_check_asks_for_what_each_storage_is_used_for(tmp_path: Path) -> None:
+    asked: dict[str, Capability] = {}
+
+    def lacking(storage: str, uses: Capability) -> tuple[Lack, ...]:
+        asked[storage] = uses
+        if storage == "tank":
+            raise StorageUnavailable("not there", hint="")
+        return (Lack("user x is not allowed to send on tank/vm", "zfs allow -u x send tank/vm"),)
+
+    findings = list(checks.privileges(read(tmp_path), lacking))
+    assert asked == {"tank": Capability.SEND, "backup": Capability.RECEIVE}
+    assert [(f.subject, f.level, f.remedy) for f in findings] == [
+        ("storage backup", Level.FAILED, "zfs allow -u x send tank/vm")
+    ]
+    pulled = BASE.replace('may_push_to = ["backup"]', 'may_pull_from = ["backup"]')
+    list(checks.privileges(read(tmp_path, pulled), lacking))
+    assert asked["backup"] == Capability.SEND | Capability.RECEIVE
