@@ -31,6 +31,7 @@ from tests.support.transport import HOST, LOOPBACK, Cluster, Peers
 from transport import checksum, network
 from transport.authorization import PeerRights
 from transport.connection import Deadlines
+from transport.identity import Identity
 from transport.pool import Dialer, Pool
 from transport.remote import RemoteEndpoint
 from transport.server import Server
@@ -89,6 +90,16 @@ def _child(target: Callable[[ProcessPipe], None]) -> Iterator[ProcessPipe]:
 # -- bare TLS, as Python has it
 
 
+def _python_context(protocol: int, identity: Identity) -> ssl.SSLContext:
+    """The interpreter's TLS with this node's certificate, verifying the other's, as it is by default."""
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(identity.folder / "node.pem")
+    context.load_verify_locations(identity.folder / "ca.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
 @contextmanager
 def bare_tls(cluster: Cluster) -> Iterator[Move]:
     """``SSLSocket``, memory to memory: ``sendall`` of 1 MiB here, ``recv_into`` a buffer of 1 MiB there."""
@@ -98,7 +109,7 @@ def bare_tls(cluster: Cluster) -> Iterator[Move]:
     def serve(pipe: ProcessPipe) -> None:
         raw, _ = listener.accept()
         view = memoryview(bytearray(MIB))
-        context = cluster.one.server_context()
+        context = _python_context(ssl.PROTOCOL_TLS_SERVER, cluster.one)
         with context.wrap_socket(raw, server_side=True) as sock:
             while left := _receive(pipe):
                 while left:
@@ -108,7 +119,7 @@ def bare_tls(cluster: Cluster) -> Iterator[Move]:
     data = [memoryview(piece) for piece in payloads("random")]
     with _child(serve) as pipe, socket.create_connection(address) as raw:
         listener.close()
-        context: ssl.SSLContext = cluster.two.client_context()
+        context = _python_context(ssl.PROTOCOL_TLS_CLIENT, cluster.two)
         with context.wrap_socket(raw, server_hostname="one") as sock:
 
             def move(size: int) -> float:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from replicator import names
 from replicator.errors import IdentityError
 from transport import certificates
 from transport.certificates import Revoked, Validity
-from transport.tls import client_context, server_context
+from transport.tls import Context, client_context, server_context
 
 RENEW_BEFORE = timedelta(days=60)
 """A certificate is renewed when it ends within this time."""
@@ -134,11 +133,11 @@ class Identity:
                 f"{self.folder / name} cannot be read: {error.strerror}", hint="run as the user that owns it"
             ) from None
 
-    def server_context(self) -> ssl.SSLContext:
+    def server_context(self) -> Context:
         """For accepting connections."""
         return self._server
 
-    def client_context(self) -> ssl.SSLContext:
+    def client_context(self) -> Context:
         """For opening connections."""
         return self._client
 

@@ -49,7 +49,7 @@ from transport.identity import (
     write_file,
 )
 from transport.payloads import decode_error, encode_error
-from transport.tls import ALPN_JOIN, Refusal, Refused, TlsChannel, client_context
+from transport.tls import ALPN_JOIN, Context, Refusal, Refused, TlsChannel, client_context
 
 log = logging.getLogger(__name__)
 
@@ -348,7 +348,7 @@ class _Exchange:
 class _Joining:
     """The new node's side of a connection to the inviting one."""
 
-    def __init__(self, token: JoinToken, dial: Callable[[], socket], context: Any) -> None:
+    def __init__(self, token: JoinToken, dial: Callable[[], socket], context: Context) -> None:
         self._deadline = time.monotonic() + TIMEOUT
         self._channel = TlsChannel(dial(), context, server_side=False, server_name=token.issuer)
 

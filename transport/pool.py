@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from transport.connection import FROM_SERVER, Connection, Deadlines
 from transport.identity import Identity
 from transport.payloads import Link
 from transport.peers import verify_peer
-from transport.tls import ALPN, Refused, TlsChannel
+from transport.tls import ALPN, Context, Refused, TlsChannel
 
 MAX_IDLE = 4
 IDLE_SECONDS = 60.0
@@ -53,7 +52,7 @@ class Dialer:
             self._network, self.peer, host, port, timeout=self._deadlines.handshake, source=self._source
         )
         try:
-            context: ssl.SSLContext = self._identity.client_context()
+            context: Context = self._identity.client_context()
             channel = TlsChannel(sock, context, server_side=False, server_name=self.peer)
         except BaseException:
             sock.close()

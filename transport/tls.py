@@ -1,18 +1,17 @@
 """TLS 1.3 between nodes, with a channel that can be read and written at the same time.
 
-Python's ``SSLSocket`` takes two system calls for every 16 KiB record and must not be read and written by two threads at
-once. Here OpenSSL works on memory: the socket is read and written in large pieces outside the lock that guards the TLS
-state, so a heartbeat can go out while data comes in, and every wait has a deadline.
+OpenSSL does the work, through ``transport/_tls.c``: Python's ``SSLSocket`` takes two system calls for every 16 KiB
+record and must not be read and written by two threads at once, and its memory buffers copy every byte three times more
+than that. Here a frame is read or written with one call, outside the interpreter's lock; sessions do not wait, so a
+heartbeat can go out while data comes in, and every wait, which is here, has a deadline.
 """
 
 from __future__ import annotations
 
 import select
 import socket
-import ssl
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from enum import StrEnum
 
@@ -24,13 +23,14 @@ from replicator.errors import (
     TransportError,
 )
 from replicator.streams import Buffer
+from transport._tls import Context, Session, TlsError
+
+__all__ = ["Context", "Refusal", "Refused", "TlsChannel", "client_context", "refusal_of", "server_context"]
 
 ALPN = "replicator/1"
 ALPN_JOIN = "replicator-join/1"
 """A client without a certificate may speak this and nothing else."""
 
-RAW_READ = 256 * 1024
-"""Bytes asked of the socket at once: sixteen records, and still in the processor's second cache."""
 WRITE_PIECE = 256 * 1024
 """Bytes encrypted at once before they are handed to the socket."""
 
@@ -62,42 +62,18 @@ class Refused(Exception):
         self.told = told
 
 
-def _context(protocol: int, file: str | None, ca_pem: str | None) -> ssl.SSLContext:
-    context = ssl.SSLContext(protocol)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.maximum_version = ssl.TLSVersion.TLSv1_3
-    # No resumption: every connection proves both certificates anew, so a revocation counts at once.
-    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION
-    context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_STRICT
-    if file:
-        context.load_cert_chain(file)
-    if ca_pem:
-        context.load_verify_locations(cadata=ca_pem)  # and no other: the system's authorities mean nothing here
-    return context
-
-
-def server_context(file: str, ca_pem: str) -> ssl.SSLContext:
+def server_context(file: str, ca_pem: str) -> Context:
     """For accepting: key and certificate from ``file``, clients verified by the cluster's CA only.
 
-    A client without a certificate gets through the handshake (CERT_OPTIONAL), so that it can join; the server's own
-    check right after the handshake lets it do that and nothing else.
+    A client without a certificate gets through the handshake, so that it can join; the server's own check right after
+    the handshake lets it do that and nothing else.
     """
-    context = _context(ssl.PROTOCOL_TLS_SERVER, file, ca_pem)
-    context.verify_mode = ssl.CERT_OPTIONAL
-    context.num_tickets = 0
-    context.set_alpn_protocols([ALPN, ALPN_JOIN])
-    return context
+    return Context(server=True, file=file, ca=ca_pem, protocols=(ALPN.encode(), ALPN_JOIN.encode()))
 
 
-def client_context(file: str | None, ca_pem: str | None, *, alpn: str = ALPN) -> ssl.SSLContext:
+def client_context(file: str | None, ca_pem: str | None, *, alpn: str = ALPN) -> Context:
     """For dialling. Without ``ca_pem`` nothing is verified: only to fetch a CA that is then checked by fingerprint."""
-    context = _context(ssl.PROTOCOL_TLS_CLIENT, file, ca_pem)
-    context.hostname_checks_common_name = False
-    if ca_pem is None:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    context.set_alpn_protocols([alpn])
-    return context
+    return Context(server=False, file=file, ca=ca_pem, protocols=(alpn.encode(),))
 
 
 # From OpenSSL's x509_vfy.h.
@@ -106,20 +82,21 @@ _REVOKED = {23}
 _NAME_MISMATCH = {62}
 
 
-def refusal_of(error: ssl.SSLError) -> Refusal:
+def refusal_of(error: TlsError) -> Refusal:
     """Why a handshake failed, from OpenSSL's error."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        if error.verify_code in _EXPIRED:
-            return Refusal.EXPIRED
-        if error.verify_code in _REVOKED:
-            return Refusal.REVOKED
-        return Refusal.WRONG_NAME if error.verify_code in _NAME_MISMATCH else Refusal.WRONG_CA
-    return Refusal.TLS
+    _, code = error.args
+    if not code:
+        return Refusal.TLS
+    if code in _EXPIRED:
+        return Refusal.EXPIRED
+    if code in _REVOKED:
+        return Refusal.REVOKED
+    return Refusal.WRONG_NAME if code in _NAME_MISMATCH else Refusal.WRONG_CA
 
 
-def _tls_error(error: ssl.SSLError) -> TransportError:
+def _tls_error(error: TlsError) -> TransportError:
     """An error of an established channel, or what the peer's alert says about our certificate."""
-    reason = (error.reason or str(error)).lower().replace("_", " ")
+    reason = error.args[0].lower()
     if "alert" in reason and any(word in reason for word in ("unknown ca", "certificate", "access denied")):
         return NotAuthenticated(
             f"the peer refused this node's certificate ({reason})",
@@ -137,28 +114,19 @@ class TlsChannel:
     """
 
     def __init__(
-        self, sock: socket.socket, context: ssl.SSLContext, *, server_side: bool, server_name: str | None = None
+        self, sock: socket.socket, context: Context, *, server_side: bool, server_name: str | None = None
     ) -> None:
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = sock
-        self._incoming = ssl.MemoryBIO()
-        self._outgoing = ssl.MemoryBIO()
-        self._tls = context.wrap_bio(
-            self._incoming, self._outgoing, server_side=server_side, server_hostname=server_name
-        )
-        self._state = threading.Lock()
-        self._raw = bytearray(RAW_READ)
-        self._raw_view = memoryview(self._raw)
+        self._session = Session(context, sock.fileno(), None if server_side else server_name)
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
         self._writable = select.poll()
         self._writable.register(sock, select.POLLOUT)
         self._aborted: ReplicatorError | None = None
         self._closed = False
-        self.received = 0
-        self.sent = 0
 
     # -- handshake
 
@@ -170,15 +138,12 @@ class TlsChannel:
         """
         while True:
             try:
-                self._tls.do_handshake()
-            except ssl.SSLWantReadError:
-                self._flush(deadline - time.monotonic())
-                self._fill(deadline - time.monotonic())
-            except ssl.SSLError as error:
+                complete = self._session.handshake()
+            except TlsError as error:
                 with suppress(ReplicatorError):
                     self._flush(1.0)  # the alert that tells the peer
                 refusal = refusal_of(error)
-                detail = getattr(error, "verify_message", "") or error.reason or str(error)
+                detail = error.args[0]
                 raise Refused(
                     refusal,
                     NotAuthenticated(
@@ -188,18 +153,36 @@ class TlsChannel:
                         hint="both nodes must be of one cluster: see `replicator cluster nodes`, and both clocks",
                     ),
                 ) from None
-            else:
-                self._flush(deadline - time.monotonic())
+            except OSError as error:
+                raise self._lost(error) from None
+            self._flush(deadline - time.monotonic())
+            if complete:
                 return
+            self._wait_readable(deadline - time.monotonic())
 
     @property
     def alpn(self) -> str | None:
         """The protocol agreed on."""
-        return self._tls.selected_alpn_protocol()
+        return self._session.protocol
+
+    @property
+    def cipher(self) -> str | None:
+        """The cipher agreed on, by OpenSSL's name."""
+        return self._session.cipher
+
+    @property
+    def received(self) -> int:
+        """Bytes taken from the socket so far, TLS included."""
+        return self._session.received
+
+    @property
+    def sent(self) -> int:
+        """Bytes given to the socket so far, TLS included."""
+        return self._session.sent
 
     def peer_certificate(self) -> bytes | None:
         """The peer's certificate, DER; None if it showed none."""
-        return self._tls.getpeercert(binary_form=True)
+        return self._session.peer_certificate
 
     # -- bytes
 
@@ -209,49 +192,24 @@ class TlsChannel:
         :raises DeadlineExceeded: nothing came for ``timeout`` seconds; nothing is lost, call again
         :raises ConnectionLost, NotAuthenticated:
         """
-        wanted, got = len(view), 0
-        read: Callable[[int, memoryview], int] = self._tls.read  # type: ignore[assignment]
         while True:
-            with self._state:
-                try:
-                    while got < wanted:
-                        count = read(wanted - got, view[got:])
-                        if not count:
-                            return got
-                        got += count
-                except ssl.SSLWantReadError:
-                    pass
-                except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                    return got
-                except ssl.SSLError as error:
-                    raise self._aborted or _tls_error(error) from None
-            if got:
-                return got
-            self._fill(timeout)
-
-    def _fill(self, timeout: float) -> None:
-        """Take what the socket has, waiting for it at most ``timeout`` seconds."""
-        try:
-            count = self._socket.recv_into(self._raw_view)
-        except BlockingIOError:
-            if not self._readable.poll(max(0.0, timeout) * 1000):
-                raise DeadlineExceeded("the peer sent nothing in time", hint="see whether it is overloaded") from None
             try:
-                count = self._socket.recv_into(self._raw_view)
-            except BlockingIOError:
-                return
+                count = self._session.read_into(view)
+            except TlsError as error:
+                raise self._aborted or _tls_error(error) from None
             except OSError as error:
                 raise self._lost(error) from None
-        except OSError as error:
-            raise self._lost(error) from None
-        if self._aborted is not None:
-            raise self._aborted
-        with self._state:
             if count:
-                self.received += count
-                self._incoming.write(self._raw_view[:count])
-            else:
-                self._incoming.write_eof()
+                return count
+            if self._aborted is not None:
+                raise self._aborted
+            if count is not None:
+                return 0
+            self._wait_readable(timeout)
+
+    def _wait_readable(self, timeout: float) -> None:
+        if not self._readable.poll(max(0.0, timeout) * 1000):
+            raise DeadlineExceeded("the peer sent nothing in time", hint="see whether it is overloaded")
 
     def send(self, buffers: Iterable[Buffer], timeout: float) -> None:
         """Send the buffers one after the other; each begins a TLS record of its own.
@@ -261,39 +219,37 @@ class TlsChannel:
         :raises DeadlineExceeded: not a byte could be sent for ``timeout`` seconds; the channel is unusable then
         :raises ConnectionLost:
         """
-        write, outgoing = self._tls.write, self._outgoing
         views = [memoryview(buffer) for buffer in buffers]
         left = sum(len(view) for view in views)
+        room = WRITE_PIECE
         for view in views:
-            position, size = 0, len(view)
-            while position < size:
-                with self._state:
-                    try:
-                        count = write(view[position : position + WRITE_PIECE])
-                    except ssl.SSLError as error:
-                        raise self._aborted or _tls_error(error) from None
-                position += count
-                left -= count
-                if outgoing.pending >= WRITE_PIECE or not left:
-                    self._flush(timeout, socket.MSG_MORE if left else 0)
+            for position in range(0, len(view), WRITE_PIECE):
+                piece = view[position : position + WRITE_PIECE]
+                try:
+                    self._session.write(piece)
+                except TlsError as error:
+                    raise self._aborted or _tls_error(error) from None
+                except OSError as error:
+                    raise self._lost(error) from None
+                left -= len(piece)
+                room -= len(piece)
+                if room <= 0 or not left:
+                    self._flush(timeout, more=left > 0)
+                    room = WRITE_PIECE
 
-    def _flush(self, timeout: float, flags: int = 0) -> None:
-        with self._state:
-            data = self._outgoing.read()
-        view, position = memoryview(data), 0
-        while position < len(view):
+    def _flush(self, timeout: float, *, more: bool = False) -> None:
+        while True:
             try:
-                position += self._socket.send(view[position:], flags)
-            except BlockingIOError:
-                if not self._writable.poll(max(0.0, timeout) * 1000):
-                    raise DeadlineExceeded(
-                        "the peer took nothing in time", hint="see whether its storage or the network is overloaded"
-                    ) from None
+                if self._session.flush(more):
+                    return
             except OSError as error:
                 raise self._lost(error) from None
+            if not self._writable.poll(max(0.0, timeout) * 1000):
+                raise DeadlineExceeded(
+                    "the peer took nothing in time", hint="see whether its storage or the network is overloaded"
+                )
             if self._aborted is not None:
                 raise self._aborted
-        self.sent += len(view)
 
     def _lost(self, error: OSError) -> ReplicatorError:
         return self._aborted or ConnectionLost(
@@ -319,4 +275,5 @@ class TlsChannel:
             self._closed = True
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
+            self._session.detach()
             self._socket.close()
