@@ -42,7 +42,7 @@ from transport.joining import JoinToken, invite, join
 from transport.payloads import Hello
 from transport.remote import RemoteEndpoint
 from transport.server import Caps, Server
-from transport.tls import ALPN_JOIN, Refusal, TlsChannel, client_context
+from transport.tls import ALPN_JOIN, Context, Refusal, TlsChannel, client_context, server_context
 
 QUICK = replace(SHORT, handshake=0.6)
 KEY = "0" * 64
@@ -110,7 +110,7 @@ def dial(server: Server) -> socket.socket:
     return socket.create_connection((str(HOST), server.address[1]), timeout=10)
 
 
-def tls(server: Server, context: ssl.SSLContext) -> TlsChannel:
+def tls(server: Server, context: Context) -> TlsChannel:
     channel = TlsChannel(dial(server), context, server_side=False, server_name="one")
     channel.handshake(time.monotonic() + 10)
     return channel
@@ -253,7 +253,8 @@ def test_another_node_at_the_address(world: World) -> None:
 
 def test_a_wildcard_certificate_is_nobody(world: World, tmp_path: Path) -> None:
     odd = world.certified(tmp_path / "odd", "three", san=[x509.DNSName("*.lan")])
-    odd._server.load_cert_chain(str(tmp_path / "odd" / FOLDER / "node.pem"))
+    ca_text = certificates.to_pem(odd.ca).decode()
+    odd._server = server_context(str(tmp_path / "odd" / FOLDER / "node.pem"), ca_text)
     with serving(odd, world.peers) as server:
         remote = RemoteEndpoint("x.lan", pool_to(server, world.cluster.two, "x.lan"))
         with pytest.raises(NotAuthenticated):
