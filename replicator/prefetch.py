@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from replicator.cancellation import Cancellation
+from replicator.handoff import Handoff
 
 T = TypeVar("T")
 
@@ -25,18 +26,15 @@ class _Ahead(Generic[T]):
     def __init__(self, make: Callable[[], Iterator[T]], depth: int, cancel: Cancellation) -> None:
         self._make = make
         self._cancel = cancel
-        self._items: queue.Queue[T | _End] = queue.Queue(depth)
+        self._items: Handoff[T | _End] = Handoff(depth)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
 
     def _put(self, item: T | _End) -> bool:
         while not self._stopped.is_set():
-            try:
-                self._items.put(item, timeout=_POLL)
-            except queue.Full:
-                continue
-            return True
+            if self._items.put(item, _POLL):
+                return True
         return False
 
     def _run(self) -> None:
@@ -59,11 +57,11 @@ class _Ahead(Generic[T]):
         while True:
             self._cancel.check()
             try:
-                item = self._items.get(timeout=_POLL)
+                item = self._items.get(_POLL)
             except queue.Empty:
                 continue
-            if isinstance(item, _End):
-                if item.error is not None:
+            if item is None or isinstance(item, _End):
+                if item is not None and item.error is not None:
                     raise item.error
                 return
             yield item

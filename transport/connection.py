@@ -21,6 +21,7 @@ from replicator.errors import (
     ProtocolError,
     ReplicatorError,
 )
+from replicator.handoff import Handoff
 from replicator.streams import Buffer
 from transport.checksum import crc32c
 from transport.frames import (
@@ -34,7 +35,6 @@ from transport.frames import (
     FrameType,
     encode_header,
 )
-from transport.inbox import Inbox
 from transport.payloads import PING, PONG, ClockFilter, Hello, Link, decode_error, encode_error
 from transport.tls import TlsChannel
 
@@ -110,7 +110,7 @@ class Connection:
         self._wall_clock = wall_clock
         self._buffers = BufferPool()
         self._decoder = FrameDecoder(BEFORE_HELLO, self._buffers)
-        self._inbox = Inbox(QUEUED_FRAMES)
+        self._inbox: Handoff[Frame] = Handoff(QUEUED_FRAMES)
         self._write = threading.Lock()
         self._sequence = 0
         self._stream = 0
@@ -480,7 +480,7 @@ class Connection:
         with suppress(ReplicatorError):
             if error is not None and self._error is None and self._aborted is None and self._peer_error is None:
                 self._discard = True
-                self._inbox.drain()
+                self._inbox.drain(lambda frame: frame.release())
                 self.send(FrameType.ERROR, (encode_error(error),))
                 if self._reader is not None:
                     self._reader.join(
@@ -492,6 +492,6 @@ class Connection:
             self._reader.join(linger)
         self._fail(ConnectionLost("the connection was closed by this node", hint=""))
         if self._reader is not None and self._reader is not threading.current_thread():
-            self._inbox.drain()
+            self._inbox.drain(lambda frame: frame.release())
             self._reader.join(linger)
         self._channel.close()
