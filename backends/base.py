@@ -22,6 +22,7 @@ from replicator.model import (
     Capability,
     Lack,
     Lineage,
+    Property,
     StorageInfo,
     StreamKind,
     Version,
@@ -112,6 +113,12 @@ class Backend(Protocol):
 
     def set_aside(self, volume: str, name: str) -> VersionRef | None:
         """See :meth:`replicator.endpoint.Endpoint.set_aside`."""
+
+    def rename(self, volume: str, new: str) -> None:
+        """See :meth:`replicator.endpoint.Endpoint.rename`; the endpoint has checked roles, and that ``new`` is free."""
+
+    def properties(self, volume: str) -> tuple[Property, ...]:
+        """See :meth:`replicator.endpoint.Endpoint.properties`."""
 
     def clone(self, volume: str, version: VersionRef, new: str) -> VolumeInfo:
         """See :meth:`replicator.endpoint.Endpoint.clone`."""

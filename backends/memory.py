@@ -33,6 +33,7 @@ from replicator.model import (
     Capability,
     Lack,
     Lineage,
+    Property,
     Role,
     StorageInfo,
     StreamKind,
@@ -57,6 +58,7 @@ CAPABILITIES = (
     | Capability.ATOMIC_SNAPSHOT
     | Capability.DIGESTS
     | Capability.CLONE
+    | Capability.RENAME
 )
 
 
@@ -138,7 +140,7 @@ class MemoryBackend:
             self._volumes[volume].stored.append(Stored(mark, stored.data))
             return mark
 
-    def rename(self, volume: str, version: VersionRef, name: str) -> None:
+    def rename_snapshot(self, volume: str, version: VersionRef, name: str) -> None:
         """Call a snapshot something else."""
         with self._lock:
             stored = self._snapshot(volume, version)
@@ -274,6 +276,15 @@ class MemoryBackend:
             stored = self._find(found, version) if found else None
             if stored is not None:
                 stored.version = replace(stored.version, holds=tuple(t for t in stored.version.holds if t != tag))
+
+    def rename(self, volume: str, new: str) -> None:
+        """See :class:`~backends.base.Backend`."""
+        with self._lock:
+            self._volumes[names.check_volume(new)] = self._volumes.pop(volume)
+
+    def properties(self, _volume: str) -> tuple[Property, ...]:
+        """None that matter."""
+        return ()
 
     def clone(self, volume: str, version: VersionRef, new: str) -> VolumeInfo:
         """See :class:`~backends.base.Backend`."""

@@ -113,6 +113,22 @@ def _check_peers(parts: Parts, problem: Report) -> None:
                 for storage in storages:
                     if storage not in parts.storages:
                         _unknown_storage(parts, key_path("peer", name, key), storage, problem)
+            _check_same_path(parts, peer, problem)
+
+
+def _check_same_path(parts: Parts, peer: Peer, problem: Report) -> None:
+    """Where a peer's replicas have any name, those of other peers could not be told from its own."""
+    key = key_path("peer", peer.name, "same_path")
+    for storage in peer.same_path:
+        if storage not in peer.may_push_to:
+            problem(key, f"{storage!r} is not in may_push_to", f"name it in peer.{peer.name}.may_push_to too")
+        for other in right(parts.peers).values():
+            if other.name != peer.name and storage in other.may_push_to:
+                problem(
+                    key,
+                    f"peer {other.name!r} may push to {storage!r} too",
+                    "give a peer whose replicas have the names of their sources a storage of its own",
+                )
 
 
 def _unknown_storage(parts: Parts, key: str, storage: str, problem: Report) -> None:
@@ -147,6 +163,13 @@ def _check_job(parts: Parts, job: Job, problem: Report, warning: Report) -> None
             f"leave it out, or make this a job of {job.source.node} that pushes",
         )
     for target in job.targets:
+        same = job.replica_path == "same" and job.source.node == target.node
+        if same and target.storage in job.source.storages:
+            problem(
+                f"{key}.replica_path",
+                f"in {target} a replica cannot have the name of its source, which is there",
+                'write "node", or replicate to another storage',
+            )
         _check_target(parts, job, target, pulls, f"{key}.targets", problem, warning)
 
 

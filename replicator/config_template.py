@@ -46,6 +46,11 @@ http = {http}
 #[storage.tank]
 #kind = "zfs"
 #root = "tank/vm"
+# Which streams replicas are taken in: "raw" (encrypted as at the source), "plain", or "any".
+#accept = "any"
+# Properties that every replica gets here; and those that it does not take over from its source.
+#override = {{compression = "zstd"}}
+#exclude = ["recordsize"]
 
 # Images of a Ceph pool (needs python3-rbd).
 #[storage.pool]
@@ -62,6 +67,8 @@ http = {http}
 # Storages of this node that it may write replicas into (below its own name), and those that it may read.
 #may_push_to = ["images"]
 #may_pull_from = []
+# Those of may_push_to where its replicas may have the names of their sources.
+#same_path = []
 # The least that this node keeps of those replicas, whatever the job of the peer says.
 #keep = "last=3"
 
@@ -85,6 +92,10 @@ http = {http}
 #quiesce = {{before = ["fsfreeze", "-f", "/srv"], after = ["fsfreeze", "-u", "/srv"], timeout = "10s"}}
 # Send only the newest snapshot, or all in between as well.
 #intermediates = "newest"
+# Snapshots of other programs that are sent as well, every one of them; they are never destroyed.
+#foreign_snapshots = ["autosnap_*", "!*_hourly"]
+# Replicas are called NODE/VOLUME after the source's node ("node"), or as their sources are ("same").
+#replica_path = "node"
 # Compress what crosses the network where that gains something ("auto"), or never.
 #compress = "auto"
 #enabled = true

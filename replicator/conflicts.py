@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from replicator.errors import ConflictError
-from replicator.model import Capability, StorageInfo, StreamKind, Version, VolumeId
+from replicator.model import Capability, Origin, StorageInfo, StreamKind, Version, VolumeId
 
 SHOWN_VERSIONS = 3
 """How many versions a message names before it says how many more there are."""
@@ -149,6 +149,54 @@ class NotAReplica(Conflict):
 
 
 @dataclass(frozen=True, slots=True)
+class Recreated(Conflict):
+    """The replica follows another volume than the one that has the source's name now: that was destroyed and made anew,
+    or renamed and another took its name. Sending it in full would put it where the only copy of the old one may be.
+
+    :ivar volume: the replica
+    :ivar lineage: the family of copies that it belongs to; the source belongs to another, or to none yet
+    :ivar newest: the newest snapshot of the replica, None if it has none
+    :ivar common: the newest version that both have nonetheless (the volume was brought back from a copy), as the target
+        knows it
+    :ivar elsewhere: where the source's own replica is on that target, if it is found under another name
+    """
+
+    kind: ClassVar[str] = "recreated"
+    volume: VolumeId
+    lineage: str
+    newest: Version | None
+    common: Version | None
+    elsewhere: VolumeId | None = None
+
+    @property
+    def message(self) -> str:
+        has = f"newest snapshot {self.newest.name}" if self.newest else "without a snapshot"
+        text = (
+            f"{self.volume} on {self.route.target} is the replica of another volume than {self.route.volume} is now "
+            f"(lineage {self.lineage}, {has}): that was destroyed and made anew, or another took its name"
+        )
+        return f"{text}; the replica of what has the name now is {self.elsewhere}" if self.elsewhere else text
+
+    @property
+    def hint(self) -> str:
+        if self.elsewhere:
+            return f"rename {self.volume} on {self.route.target}, then the next run gives {self.elsewhere} its new name"
+        keep = "if the old data is needed, `replicator restore` brings it back as a new volume"
+        if self.common is not None:
+            return (
+                f"both have {self.common.name}: {self.route.resync} continues from there, without sending all; {keep}"
+            )
+        if self.route.source_stream is StreamKind.NATIVE:
+            return (
+                f"if that is right: {self.route.resync} keeps the old replica there as "
+                f"{self.volume.name}-diverged-<time>, says what sending everything costs, and asks; {keep}"
+            )
+        return (
+            f"if that is right: {self.route.resync} makes it the replica, keeps what is in it, and asks first; {keep}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class StaleEpoch(Conflict):
     """The target was promoted after this source: this source was superseded."""
 
@@ -202,21 +250,35 @@ class NoCommonBase(Conflict):
 
     :ivar source: snapshots and bookmarks of the source, oldest first
     :ivar target: snapshots of the target, oldest first
+    :ivar origin: the source is a clone of that; its older snapshots may have gone there (zfs promote)
     """
 
     kind: ClassVar[str] = "no_common_base"
     source: tuple[Version, ...]
     target: tuple[Version, ...]
+    origin: Origin | None = None
 
     @property
     def message(self) -> str:
+        promoted = f"; it is a clone of {self.origin} now, which has its older ones" if self.origin is not None else ""
         return (
             f"{self.route.volume} and its replica on {self.route.target} have no snapshot in common: "
-            f"here {_listed(self.source) or 'there is none'}; there {_listed(self.target)}"
+            f"here {_listed(self.source) or 'there is none'}; there {_listed(self.target)}{promoted}"
         )
 
     @property
     def hint(self) -> str:
+        if self.origin is not None:
+            return f"zfs promote of {self.route.volume} takes its older snapshots back; or {self._resync}"
+        return self._resync
+
+    @property
+    def _resync(self) -> str:
+        if self.route.source_stream is StreamKind.NATIVE:
+            return (
+                f"{self.route.resync} keeps the whole replica aside there as …-diverged-<time> and sends everything "
+                "anew; it says what that costs, and asks"
+            )
         return f"{self.route.resync} compares the two and sends only the blocks that differ"
 
 

@@ -18,6 +18,7 @@ from typing import Protocol, runtime_checkable
 from replicator.cancellation import Cancellation
 from replicator.model import (
     Lineage,
+    Property,
     ResumeState,
     StorageInfo,
     StreamKind,
@@ -62,6 +63,7 @@ class SnapshotRequest:
 class SendRequest:
     """Open a stream that brings a copy of ``base`` (None: nothing) to ``to``.
 
+    :ivar base: of a clone, also the snapshot that it began as (Capability.ORIGINS)
     :ivar key: 32 random bytes in hex, made for this stream by whoever drives it; keys the digests
     :ivar intermediates: native streams: carry the snapshots between base and to as well
     :ivar resume: continue what the receiver durably has
@@ -105,6 +107,9 @@ class ReceiveRequest:
     :ivar hold: tag set on ``to`` in the same commit; "" for none
     :ivar resume: the state that the stream continues; None begins anew and discards any partial state
     :ivar aside: REBUILD: the name under which a replaced snapshot is kept
+    :ivar origin: the volume that ``base`` is a snapshot of, where that is another one: the new volume becomes its clone
+        (Capability.ORIGINS)
+    :ivar properties: of the source; what this node takes over of them is its own decision (Capability.PROPERTIES)
     """
 
     volume: VolumeId
@@ -117,6 +122,8 @@ class ReceiveRequest:
     hold: str = ""
     resume: ResumeState | None = None
     aside: str = ""
+    origin: VolumeId | None = None
+    properties: tuple[Property, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +277,20 @@ class Endpoint(Protocol):
         """Make an existing volume a replica of ``lineage``, for resync only; its data stays as it is until then.
 
         :raises StaleEpoch: the volume is of the same lineage with a newer epoch
+        """
+
+    def rename(self, volume: VolumeId, new: VolumeId) -> None:
+        """Give a replica another name in its storage; what is below it moves with it. Nothing happens if ``new`` is of
+        the same lineage already and ``volume`` is gone.
+
+        :raises Unsupported: without Capability.RENAME, or to another storage
+        :raises NotAReplica: ``volume`` is none, or ``new`` exists
+        """
+
+    def properties(self, volume: VolumeId) -> tuple[Property, ...]:
+        """What a source volume has set by itself of what replicas may take over, by name; () where there is nothing.
+
+        :raises NoSuchVolume:
         """
 
     def prune(self, request: PruneRequest) -> tuple[PruneOutcome, ...]:

@@ -218,6 +218,7 @@ class Engine:
                 conflict_kind=kind,
                 hint=error.hint if error else "",
             )
+        notes = (*notes, *survey.plan.notes)
         if survey.plan.stale_resume is not None:
             notes = (*notes, survey.plan.stale_resume.message)
         steps = tuple(

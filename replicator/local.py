@@ -28,8 +28,11 @@ from replicator.endpoint import (
 from replicator.errors import (
     ConflictError,
     NoSuchVolume,
+    NotAReplica,
     ReplicatorError,
+    SnapshotHeld,
     StorageUnavailable,
+    Unsupported,
     UsageError,
     VolumeBusy,
 )
@@ -37,6 +40,7 @@ from replicator.model import (
     Capability,
     Lack,
     Lineage,
+    Property,
     Role,
     StorageInfo,
     Version,
@@ -81,7 +85,10 @@ class LocalEndpoint:
     :param backends: by storage name
     :param zone: the time zone in which the hours, days and weeks of a retention policy begin
     :param minimum_keep: a retention policy that every prune is widened by; "" for none. Peers get a view that has the
-        minimum which this node's configuration insists on (:meth:`with_minimum`).
+        minimum which this node's configuration insists on (:meth:`for_peer`).
+    :param replicas_only: storages in which nothing is changed but replicas: there a peer's replicas are among volumes
+        of this node's own
+    :param sources: of those, where it may protect and prune others as well, because it pulls from there
     """
 
     def __init__(
@@ -91,17 +98,32 @@ class LocalEndpoint:
         *,
         zone: tzinfo = UTC,
         minimum_keep: str = "",
+        replicas_only: frozenset[str] = frozenset(),
+        sources: frozenset[str] = frozenset(),
         locks: VolumeLocks | None = None,
     ) -> None:
         self._node = names.check_node(node)
         self._backends = dict(backends)
         self._zone = zone
         self._minimum_keep = minimum_keep
+        self._replicas_only = replicas_only
+        self._sources = sources
         self._locks = locks or VolumeLocks()
 
-    def with_minimum(self, keep: str) -> LocalEndpoint:
-        """The same node, where every prune also keeps what ``keep`` keeps."""
-        return LocalEndpoint(self._node, self._backends, zone=self._zone, minimum_keep=keep, locks=self._locks)
+    def for_peer(
+        self, keep: str, replicas_only: frozenset[str] = frozenset(), sources: frozenset[str] = frozenset()
+    ) -> LocalEndpoint:
+        """The same node, where every prune also keeps what ``keep`` keeps, and only replicas are changed in those
+        storages."""
+        return LocalEndpoint(
+            self._node,
+            self._backends,
+            zone=self._zone,
+            minimum_keep=keep,
+            replicas_only=replicas_only,
+            sources=sources,
+            locks=self._locks,
+        )
 
     @property
     def node(self) -> str:
@@ -213,13 +235,26 @@ class LocalEndpoint:
 
     def hold(self, volume: VolumeId, version: VersionRef, tag: str) -> None:
         """See :class:`~replicator.endpoint.Endpoint`."""
+        self._check_protectable(volume)
         self._of(volume).hold(volume.name, version, names.check_tag(tag))
 
     def release(self, volume: VolumeId, version: VersionRef, tag: str) -> None:
         """See :class:`~replicator.endpoint.Endpoint`."""
+        self._check_protectable(volume)
         self._of(volume).release(volume.name, version, names.check_tag(tag))
 
     # -- targets
+
+    def _check_changeable(self, volume: VolumeId) -> None:
+        """:raises NotAReplica: it is a volume of this node's own, in a storage where a peer may only change replicas"""
+        if volume.storage not in self._replicas_only:
+            return
+        state = self.state(volume)
+        if state is not None and (state.lineage is None or state.lineage.role is not Role.REPLICA):
+            raise NotAReplica(
+                f"volume {volume} of node {self._node} is its own, and no replica",
+                hint=f"a resync from elsewhere cannot take it over: rename it, or resync on {self._node}",
+            )
 
     def receive(self, request: ReceiveRequest, stream: Stream, cancel: Cancellation) -> Version:
         """See :class:`~replicator.endpoint.Endpoint`."""
@@ -236,20 +271,28 @@ class LocalEndpoint:
                 check_may_receive(request.volume, backend.state(request.volume.name), request.lineage)
             return backend.receive(request, stream, cancel)
 
+    def _check_protectable(self, volume: VolumeId) -> None:
+        """The same for what is done to sources, too."""
+        if volume.storage not in self._sources:
+            self._check_changeable(volume)
+
     def abort_receive(self, volume: VolumeId) -> None:
         """See :class:`~replicator.endpoint.Endpoint`."""
         with self._locks.writing(volume, "discarding partial state"):
+            self._check_changeable(volume)
             self._of(volume).abort_receive(volume.name)
 
     def set_aside(self, volume: VolumeId, name: str) -> VersionRef | None:
         """See :class:`~replicator.endpoint.Endpoint`."""
         names.check_snapshot(name)
         with self._locks.writing(volume, "keeping its own data aside"):
+            self._check_changeable(volume)
             return self._of(volume).set_aside(volume.name, name)
 
     def adopt(self, volume: VolumeId, lineage: Lineage) -> None:
         """See :class:`~replicator.endpoint.Endpoint`."""
         with self._locks.writing(volume, "making it a replica"):
+            self._check_changeable(volume)
             current = self._existing(volume).lineage
             if current is not None and current.uuid == lineage.uuid and current.epoch > lineage.epoch:
                 raise stale_epoch(volume, current, lineage)
@@ -257,9 +300,36 @@ class LocalEndpoint:
             if current != replica:
                 self._of(volume).set_lineage(volume.name, replica)
 
+    def rename(self, volume: VolumeId, new: VolumeId) -> None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        names.check_volume(new.name)
+        backend = self._of(volume)
+        if Capability.RENAME not in backend.capabilities or new.storage != volume.storage:
+            raise Unsupported(
+                f"{volume} cannot be renamed to {new} here", hint="rename it with the storage's own means"
+            )
+        with self._locks.writing(volume, "renaming it"), self._locks.writing(new, f"renaming {volume} to it"):
+            there, taken = backend.state(volume.name), backend.state(new.name)
+            lineage = (there or taken or self._existing(volume)).lineage
+            if lineage is None or lineage.role is not Role.REPLICA:
+                raise NotAReplica(
+                    f"volume {volume} is not a replica of ours", hint="rename it by hand if that is right"
+                )
+            if taken is not None and there is not None:
+                raise NotAReplica(
+                    f"{volume} cannot be renamed to {new}: that exists", hint=f"rename or remove {new} if it is yours"
+                )
+            if there is not None:
+                backend.rename(volume.name, new.name)
+
+    def properties(self, volume: VolumeId) -> tuple[Property, ...]:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        return self._of(volume).properties(volume.name)
+
     def clone(self, volume: VolumeId, version: VersionRef, new: VolumeId) -> VolumeInfo:
         """See :class:`~replicator.endpoint.Endpoint`."""
         names.check_volume(new.name)
+        self._check_changeable(volume)
         if new.storage != volume.storage:
             raise UsageError(f"{volume} cannot be cloned into another storage ({new})", hint="copy it with a restore")
         with self._locks.writing(new, "making a clone"):
@@ -268,6 +338,7 @@ class LocalEndpoint:
     def prune(self, request: PruneRequest) -> tuple[PruneOutcome, ...]:
         """See :class:`~replicator.endpoint.Endpoint`."""
         backend = self._of(request.volume)
+        self._check_protectable(request.volume)
         state = self._existing(request.volume)
         policy = retention.parse(request.keep)
         protect = frozenset(request.protect)
@@ -291,6 +362,8 @@ class LocalEndpoint:
                 continue
             try:
                 backend.destroy(request.volume.name, version.ref)
+            except SnapshotHeld as error:  # since the listing, or by a clone of it
+                outcomes.append(PruneOutcome(version, True, str(error)))
             except ReplicatorError as error:  # one that cannot go must not block the others
                 outcomes.append(PruneOutcome(version, True, reason, str(error)))
             else:

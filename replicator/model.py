@@ -49,9 +49,12 @@ class VolumeId:
         return cls(names.check_word("storage name", storage), names.check_volume(name))
 
 
-def replica_volume(source_node: str, volume: VolumeId, storage: str) -> VolumeId:
-    """Where a replica of ``volume`` of ``source_node`` lives in a target's ``storage``: under ``<source node>/``."""
-    return VolumeId(storage, f"{source_node}/{volume.name}")
+def replica_volume(source_node: str, volume: VolumeId, storage: str, *, same_path: bool = False) -> VolumeId:
+    """Where a replica of ``volume`` of ``source_node`` lives in a target's ``storage``: under ``<source node>/``.
+
+    :param same_path: under its own name instead
+    """
+    return VolumeId(storage, volume.name if same_path else f"{source_node}/{volume.name}")
 
 
 class VersionKind(StrEnum):
@@ -158,6 +161,14 @@ class HoldTag:
         return f"job {self.job} for {self.node}:{self.storage}"
 
 
+def clone_tag(tag: str) -> str:
+    """The tag under which the same job holds the origin of a clone while the clone is sent; ``tag`` is its hold tag.
+
+    One that an interrupted run left is released by the next run of the origin itself, which comes before its clones.
+    """
+    return names.check_tag(f"{tag}:clone")
+
+
 class Role(StrEnum):
     """Whether a copy is the one that is written to, or one that follows it."""
 
@@ -228,6 +239,12 @@ class Capability(Flag):
     """Blocks can be compared by digest and sent one by one (needed by resync and verify)."""
     CLONE = auto()
     """A snapshot becomes a new volume without copying."""
+    RENAME = auto()
+    """A replica can be given another name, with all that belongs to it."""
+    ORIGINS = auto()
+    """A clone can be sent as the difference to the snapshot that it began as, and stays a clone of it."""
+    PROPERTIES = auto()
+    """Volumes have properties beside their data that a replica may take over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,12 +277,39 @@ class Lack:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The snapshot that a clone began as.
+
+    :ivar volume: of the same storage
+    :ivar snapshot: its name there
+    """
+
+    volume: VolumeId
+    snapshot: str
+
+    def __str__(self) -> str:
+        return f"{self.volume}@{self.snapshot}"
+
+
+@dataclass(frozen=True, slots=True)
+class Property:
+    """Something that a storage knows of a volume beside its data; name and value in the storage's own words."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
 class VolumeInfo:
-    """A volume in a listing."""
+    """A volume in a listing.
+
+    :ivar origin: what it is a clone of, where that is a volume of the same storage
+    """
 
     id: VolumeId
     size: int | None
     lineage: Lineage | None
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +319,7 @@ class VolumeState:
     :ivar versions: oldest first by ``position``; complete versions only
     :ivar head_changed: replicas only: there is live data beside the snapshots that no snapshot has (somebody wrote)
     :ivar size: logical size now, bytes
+    :ivar origin: what it is a clone of, where that is a volume of the same storage
     """
 
     id: VolumeId
@@ -283,6 +328,7 @@ class VolumeState:
     lineage: Lineage | None
     resume: ResumeState | None = None
     head_changed: bool = False
+    origin: Origin | None = None
 
     @property
     def snapshots(self) -> tuple[Version, ...]:

@@ -38,7 +38,7 @@ def deadlines(config: Config) -> Deadlines:
 
 def rights(peer: Peer) -> PeerRights:
     """What a peer may ask of this node."""
-    return PeerRights(frozenset(peer.may_push_to), frozenset(peer.may_pull_from))
+    return PeerRights(frozenset(peer.may_push_to), frozenset(peer.may_pull_from), frozenset(peer.same_path))
 
 
 class PeerNetwork:
@@ -160,6 +160,8 @@ def endpoint_for_peers(config: Config, local: LocalEndpoint) -> Callable[[str], 
 
     def endpoint(name: str) -> Endpoint:
         peer = config.peers.get(name)
-        return local.with_minimum(peer.keep) if peer is not None and peer.keep else local
+        if peer is None:
+            return local
+        return local.for_peer(peer.keep or "", frozenset(peer.same_path), frozenset(peer.may_pull_from))
 
     return endpoint

@@ -16,7 +16,7 @@ retention. Newer ones mean that somebody wrote there, and that is a decision for
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from replicator.conflicts import (
@@ -25,6 +25,7 @@ from replicator.conflicts import (
     MixedStreams,
     NoCommonBase,
     NotAReplica,
+    Recreated,
     Route,
     SourceIsReplica,
     SourceMissing,
@@ -35,9 +36,11 @@ from replicator.model import (
     Role,
     Version,
     VersionKind,
+    VolumeId,
     VolumeState,
 )
 from replicator.names import MAX_SNAPSHOT_BYTES
+from replicator.selection import SnapshotPatterns
 
 
 class Intermediates(StrEnum):
@@ -52,16 +55,22 @@ class SendPolicy:
     """Which snapshots of a source go to a target.
 
     :ivar job: only snapshots that this job made; None: foreign ones as well
+    :ivar foreign: with a job: snapshots that replicator did not make and that are sent all the same, every one of them
     """
 
     intermediates: Intermediates = Intermediates.ALL
     job: str | None = None
+    foreign: SnapshotPatterns = field(default_factory=SnapshotPatterns)
 
     def selects(self, version: Version) -> bool:
         """Whether this version is one to send. Bookmarks have no data; what a resync kept aside stays where it is."""
         if version.kind is not VersionKind.SNAPSHOT or version.is_diverged:
             return False
-        return self.job is None or version.job == self.job
+        return self.job is None or version.job == self.job or self.wants(version)
+
+    def wants(self, version: Version) -> bool:
+        """Whether this is a foreign snapshot that was asked for by its name."""
+        return self.job is not None and version.job is None and self.foreign.matches(version.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,20 @@ class Common:
 
     source: Version
     target: Version
+
+
+@dataclass(frozen=True, slots=True)
+class CloneBase:
+    """The snapshot that a source began as, where source and target both have it: what is sent first is only the
+    difference to it, and the replica is a clone as the source is one.
+
+    :ivar source, target: the volumes that have it
+    :ivar common: it, as each side knows it
+    """
+
+    source: VolumeId
+    target: VolumeId
+    common: Common
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +106,7 @@ class Step:
     :ivar intermediates: snapshots between base and to travel in the same stream
     :ivar resume: the target's partial state that this step continues
     :ivar estimate: bytes of changes, None when not known; planning leaves it None
+    :ivar clone: base and target_base are not of these volumes, but of those that they are clones of
     """
 
     base: Version | None
@@ -92,6 +116,7 @@ class Step:
     intermediates: bool = False
     resume: ResumeState | None = None
     estimate: int | None = None
+    clone: CloneBase | None = None
 
     @property
     def arriving(self) -> Version:
@@ -124,12 +149,16 @@ class Plan:
     :ivar common: the newest version that both have, before the first step
     :ivar stale_resume: discard the target's partial state first, and why
     :ivar reason: why there is nothing to do, "" where there are steps
+    :ivar renamed: the replica is still called so; it gets its new name first
+    :ivar notes: what people should know of it, a sentence each
     """
 
     steps: tuple[Step, ...]
     common: Common | None
     stale_resume: StaleResume | None = None
     reason: str = ""
+    renamed: VolumeId | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def abort_partial(self) -> bool:
@@ -142,11 +171,18 @@ class Plan:
         return not self.steps and self.common is not None
 
 
-def plan(source: VolumeState | None, target: VolumeState | None, policy: SendPolicy, route: Route) -> Plan | Conflict:
+def plan(
+    source: VolumeState | None,
+    target: VolumeState | None,
+    policy: SendPolicy,
+    route: Route,
+    clone: CloneBase | None = None,
+) -> Plan | Conflict:
     """What brings ``target`` up to date with ``source``.
 
     :param source: None: there is no such volume
     :param target: None: there is no such volume, so a full copy makes it
+    :param clone: what the source is a clone of, where the target has that too
     """
     if source is None:
         return SourceMissing(route)
@@ -164,15 +200,26 @@ def plan(source: VolumeState | None, target: VolumeState | None, policy: SendPol
         if conflict is not None:
             return conflict
 
-    builder = _Steps(source, target, policy, route.batches, common)
-    resumed = _resumable(source, target, policy, route, there, common)
+    if common is not None:
+        clone = None
+    builder = _Steps(source, target, policy, route.batches, common, clone)
+    resumed = _resumable(source, target, policy, route, there, common or (clone.common if clone else None))
     stale = resumed if isinstance(resumed, StaleResume) else None
     if isinstance(resumed, Version) and target is not None and target.resume is not None:
         builder.resume(resumed, target.resume)
     builder.add(sent)
     steps = tuple(builder.steps)
     reason = "" if steps else ("up to date" if common else "the source has no snapshot to send yet")
-    return Plan(steps, common, stale, reason)
+    return Plan(steps, common, stale, reason, notes=_notes(source, steps))
+
+
+def _notes(source: VolumeState, steps: Sequence[Step]) -> tuple[str, ...]:
+    """What a first copy of a clone costs, and why."""
+    if source.origin is None or not steps or (steps[0].base is not None and steps[0].clone is None):
+        return ()
+    if steps[0].clone is not None:
+        return (f"it is a clone of {source.origin}, which the target has: only the difference to that is sent",)
+    return (f"it is a clone of {source.origin}, which the target does not have: it is sent in full",)
 
 
 def newest_common(source: VolumeState, target: VolumeState | None) -> Common | None:
@@ -211,7 +258,10 @@ class StepHolds:
 
 
 def holds_for(step: Step, tag: str) -> StepHolds:
-    """The holds that ``step`` needs. Bookmarks cannot be held and need not be: only data can be destroyed."""
+    """The holds that ``step`` needs in its own volumes. Bookmarks cannot be held and need not be: only data can be
+    destroyed."""
+    if step.clone is not None:
+        return StepHolds(tag, (step.to,), ())
     return StepHolds(
         tag,
         tuple(v for v in (step.base, step.to) if v is not None and v.kind is VersionKind.SNAPSHOT),
@@ -262,10 +312,12 @@ def _lineage_conflict(source: VolumeState, target: VolumeState | None, route: Ro
     theirs = target.lineage
     if theirs is None:
         return NotAReplica(route, target.id, "it is a volume of its own, never made by replication")
-    if ours is None:
-        return NotAReplica(route, target.id, "it follows another volume, and this source was never replicated")
-    if theirs.uuid != ours.uuid:
-        return NotAReplica(route, target.id, f"it belongs to lineage {theirs.uuid}, the source to {ours.uuid}")
+    if ours is None or theirs.uuid != ours.uuid:
+        if theirs.role is Role.PRIMARY:
+            return NotAReplica(route, target.id, f"it is a primary itself, of lineage {theirs.uuid}")
+        there = _live_snapshots(target)
+        common = _newest_common(source, there)
+        return Recreated(route, target.id, theirs.uuid, there[-1] if there else None, common.target if common else None)
     if theirs.epoch > ours.epoch:
         return StaleEpoch(route, ours.epoch, theirs.epoch)
     if theirs.role is Role.PRIMARY:
@@ -278,7 +330,7 @@ def _version_conflict(
 ) -> Conflict | None:
     if common is None:
         if there:
-            return NoCommonBase(route, tuple(sorted(source.versions, key=_position)), tuple(there))
+            return NoCommonBase(route, tuple(sorted(source.versions, key=_position)), tuple(there), source.origin)
         return Diverged(route, None, (), True) if target.head_changed else None
     newer = tuple(v for v in there if v.position > common.target.position)
     if newer or target.head_changed:
@@ -309,7 +361,7 @@ def _resumable(
         reason = "that snapshot is no longer one to send"
     elif any(v.guid == resume.to_guid for v in there):
         reason = "the target has that snapshot already"
-    elif resume.base_guid is None and common is not None:
+    elif resume.base_guid is None and common is not None and there:
         reason = f"it began as a full copy, and there is {common.target.name} to start from"
     elif resume.base_guid is not None and (common is None or common.target.guid != resume.base_guid):
         reason = "its base is not the newest snapshot that both sides have"
@@ -328,12 +380,15 @@ class _Steps:
         policy: SendPolicy,
         batches: bool,
         common: Common | None,
+        clone: CloneBase | None,
     ) -> None:
         self.steps: list[Step] = []
         self._policy = policy
         self._batches = batches
-        self._base = common.source if common else None
-        self._target_base = common.target if common else None
+        self._clone = clone
+        begin = clone.common if clone else common
+        self._base = begin.source if begin else None
+        self._target_base = begin.target if begin else None
         self._there = {v.guid for v in _live_snapshots(target)}
         self._names = {v.name: v.guid for v in (target.versions if target is not None else ())}
         # A batch carries every snapshot between its ends, wanted or not: it must not span one that is not sent.
@@ -343,15 +398,19 @@ class _Steps:
 
     def resume(self, to: Version, state: ResumeState) -> None:
         """The step that was interrupted; what follows is planned from its end."""
+        if state.base_guid is None:  # also of a clone, where the target did not have its origin when it began
+            self._clone = self._base = self._target_base = None
         name = state.to_name if self._names.get(state.to_name, to.guid) == to.guid else self._free_name(to)
         self._append(Step(self._base, self._target_base, to, name, resume=state))
 
     def add(self, sent: Sequence[Version]) -> None:
         """Steps to all (or the newest) of ``sent`` (oldest first) that are after the base and not on the target."""
-        after = self._base.position if self._base is not None else None
+        # All that a clone has came after its origin.
+        after = self._base.position if self._base is not None and self._clone is None else None
         todo = [v for v in sent if (after is None or v.position > after) and v.guid not in self._there]
         if self._policy.intermediates is Intermediates.NEWEST:
-            todo = todo[-1:]
+            own = [v for v in todo if not self._policy.wants(v)]
+            todo = [v for v in todo if v in own[-1:] or self._policy.wants(v)]
         index = 0
         while index < len(todo):
             last = self._end_of_batch(todo, index)
@@ -360,7 +419,8 @@ class _Steps:
             index = last + 1
 
     def _append(self, step: Step) -> None:
-        self.steps.append(step)
+        self.steps.append(replace(step, clone=self._clone))
+        self._clone = None
         self._names[step.name] = step.to.guid
         self._base, self._target_base = step.to, step.arriving
 
@@ -369,7 +429,12 @@ class _Steps:
 
         A stream with intermediates starts from a snapshot: not from nothing, and not from a bookmark (zfs-send(8)).
         """
-        if not self._batches or self._base is None or self._base.kind is VersionKind.BOOKMARK:
+        if (
+            not self._batches
+            or self._base is None
+            or self._clone is not None
+            or self._base.kind is VersionKind.BOOKMARK
+        ):
             return first
         while self._unwanted and self._unwanted[-1] <= self._base.position:
             self._unwanted.pop()

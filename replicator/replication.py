@@ -14,11 +14,23 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from replicator.cancellation import Cancellation
-from replicator.conflicts import Conflict, Route
+from replicator.conflicts import Conflict, Recreated, Route
 from replicator.endpoint import Endpoint, ReceiveMode, ReceiveRequest, SendRequest
 from replicator.errors import NoSuchVolume, ReplicatorError
-from replicator.model import Lineage, Progress, StreamKind, Version, VolumeId, VolumeState
-from replicator.planning import Plan, SendPolicy, Step, plan, stale_holds
+from replicator.model import (
+    DIVERGED_PREFIX,
+    Capability,
+    Lineage,
+    Progress,
+    Property,
+    Role,
+    StreamKind,
+    Version,
+    VolumeId,
+    VolumeState,
+    clone_tag,
+)
+from replicator.planning import CloneBase, Common, Plan, SendPolicy, Step, plan, stale_holds
 from replicator.streams import KEY_SIZE, Chunk, ChunkStream, Stream
 from replicator.watchdog import Watchdog
 
@@ -59,6 +71,11 @@ class Pair:
     target: Endpoint
     target_volume: VolumeId
     tag: str
+
+    def replica_of(self, volume: VolumeId) -> VolumeId:
+        """Where the replica of another volume of the same source is on this target."""
+        place = self.target_volume.name.removesuffix(self.source_volume.name)
+        return VolumeId(self.target_volume.storage, place + volume.name)
 
     @property
     def target_text(self) -> str:
@@ -191,6 +208,7 @@ class Replication:
         self._options = options
         self._observer = observer
         self._cancel = cancel
+        self._asked: tuple[Property, ...] | None = None
         self.outcome = Outcome()
 
     def plan(self) -> tuple[Plan | Conflict, VolumeState, VolumeState | None]:
@@ -206,13 +224,25 @@ class Replication:
                 hint="its replicas are kept; take it out of the job, or bring it back with `replicator restore`",
             )
         target = pair.target.state(pair.target_volume)
-        route = Route.between(
-            pair.source_volume,
+        here, there = (
             pair.source.storage(pair.source_volume.storage),
-            pair.target.node,
             pair.target.storage(pair.target_volume.storage),
         )
-        return plan(source, target, self._options.policy, route), source, target
+        renamed = None
+        if target is None and Capability.RENAME in there.capabilities:
+            renamed = find_replica(pair, source.lineage)
+            target = pair.target.state(renamed) if renamed is not None else None
+        clone = None
+        if Capability.ORIGINS in here.capabilities & there.capabilities:
+            clone = find_origin(pair, source, target)
+        route = Route.between(pair.source_volume, here, pair.target.node, there)
+        found = plan(source, target, self._options.policy, route, clone)
+        if isinstance(found, Recreated) and Capability.RENAME in there.capabilities:
+            found = replace(found, elsewhere=find_replica(pair, source.lineage))
+        if isinstance(found, Plan) and target is not None and renamed is not None:
+            note = f"the source was renamed: the replica {renamed} becomes {pair.target_volume}"
+            found = replace(found, renamed=renamed, notes=(note, *found.notes))
+        return found, source, target
 
     def run(self) -> Outcome:
         """Bring the target to the source's newest version.
@@ -245,6 +275,8 @@ class Replication:
         found, source, target = self.plan()
         if not isinstance(found, Plan):
             raise found.to_error()
+        if found.renamed is not None:
+            pair.target.rename(found.renamed, pair.target_volume)
         if found.abort_partial:
             pair.target.abort_receive(pair.target_volume)
         newest = found.common.source if found.common else None
@@ -277,9 +309,13 @@ class Replication:
         """Send one step and return the target's new version."""
         pair, cancel = self._pair, self._cancel
         pair.source.hold(pair.source_volume, step.to.ref, pair.tag)
-        if step.base is not None and step.base.kind is not step.base.kind.BOOKMARK:
+        if step.clone is not None:
+            origin = step.clone
+            pair.source.hold(origin.source, origin.common.source.ref, clone_tag(pair.tag))
+            pair.target.hold(origin.target, origin.common.target.ref, clone_tag(pair.tag))
+        elif step.base is not None and step.base.kind is not step.base.kind.BOOKMARK:
             pair.source.hold(pair.source_volume, step.base.ref, pair.tag)
-        if step.target_base is not None:
+        if step.target_base is not None and step.clone is None:
             pair.target.hold(pair.target_volume, step.target_base.ref, pair.tag)
         key = new_key()
         send = SendRequest(
@@ -308,6 +344,8 @@ class Replication:
                     hold=pair.tag,
                     resume=step.resume,
                     aside=aside,
+                    origin=step.clone.target if step.clone is not None else None,
+                    properties=self._properties(),
                 )
                 done = step.resume.offset if step.resume and step.resume.kind is StreamKind.NATIVE else 0
                 total = stream.estimate if stream.estimate is not None else step.estimate
@@ -318,9 +356,21 @@ class Replication:
                 meter.finish()
         return committed
 
+    def _properties(self) -> tuple[Property, ...]:
+        """The source's, for a target that may take them over; asked for once."""
+        if self._asked is None:
+            pair = self._pair
+            capable = Capability.PROPERTIES in pair.target.storage(pair.target_volume.storage).capabilities
+            self._asked = pair.source.properties(pair.source_volume) if capable else ()
+        return self._asked
+
     def _settle(self, step: Step, committed: Version) -> None:
         """The new version is common and held on both sides: the old base's holds have done their work."""
         pair = self._pair
+        if step.clone is not None:  # from now on its clones keep it from being destroyed
+            pair.source.release(step.clone.source, step.clone.common.source.ref, clone_tag(pair.tag))
+            pair.target.release(step.clone.target, step.clone.common.target.ref, clone_tag(pair.tag))
+            return
         if step.base is not None and step.base.guid != committed.guid:
             pair.source.release(pair.source_volume, step.base.ref, pair.tag)
         if step.target_base is not None and step.target_base.guid != committed.guid:
@@ -338,5 +388,38 @@ class Replication:
             common = state.by_guid(newest.guid)
             if common is not None and common in state.snapshots and pair.tag not in common.holds:
                 endpoint.hold(volume, common.ref, pair.tag)
-            for version, tag in stale_holds(state, pair.tag, frozenset({newest.guid})):
+            stale = stale_holds(state, pair.tag, frozenset({newest.guid}))
+            for version, tag in stale + stale_holds(state, clone_tag(pair.tag), frozenset()):
                 endpoint.release(volume, version.ref, tag)
+
+
+def find_replica(pair: Pair, lineage: Lineage | None) -> VolumeId | None:
+    """A replica of that lineage on the target which has another name than it should: its source was renamed, or the
+    job's ``replica_path`` changed. What a resync kept aside is not one."""
+    if lineage is None:
+        return None
+    for volume in pair.target.volumes(pair.target_volume.storage):
+        theirs = volume.lineage
+        aside = f"-{DIVERGED_PREFIX}" in volume.id.name
+        if aside or theirs is None or volume.id in (pair.target_volume, pair.source_volume):
+            continue
+        if (theirs.uuid, theirs.role) == (lineage.uuid, Role.REPLICA):
+            return volume.id
+    return None
+
+
+def find_origin(pair: Pair, source: VolumeState, target: VolumeState | None) -> CloneBase | None:
+    """What the source is a clone of, where the target has a replica of that with the same snapshot. Looked for only as
+    long as the target has nothing of the clone itself."""
+    if source.origin is None or (target is not None and target.snapshots):
+        return None
+    volume, replica = source.origin.volume, pair.replica_of(source.origin.volume)
+    from_, to = pair.source.state(volume), pair.target.state(replica)
+    if from_ is None or to is None or to.lineage is None or from_.lineage is None:
+        return None
+    same = (to.lineage.uuid, to.lineage.role) == (from_.lineage.uuid, Role.REPLICA)
+    ours = next((v for v in from_.snapshots if v.name == source.origin.snapshot), None)
+    theirs = next((v for v in to.snapshots if ours is not None and v.guid == ours.guid), None)
+    if ours is None or theirs is None or not same:
+        return None
+    return CloneBase(volume, replica, Common(ours, theirs))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -20,7 +20,16 @@ from replicator.cancellation import Cancellation
 from replicator.control import Listener, Note, RunReport
 from replicator.endpoint import Endpoint, PruneRequest, SnapshotRequest
 from replicator.errors import Cancelled, ConflictError, NoSuchVolume, ReplicatorError, UsageError, VolumeBusy
-from replicator.model import Capability, Progress, Version, VolumeId, hold_tag, replica_volume, snapshot_name
+from replicator.model import (
+    Capability,
+    Progress,
+    Version,
+    VolumeId,
+    VolumeInfo,
+    hold_tag,
+    replica_volume,
+    snapshot_name,
+)
 from replicator.planning import Common, Plan, SendPolicy, newest_common
 from replicator.replication import Limits, Options, Pacer, Pair, Replication
 from replicator.selection import included_storages, select
@@ -74,12 +83,16 @@ class Network(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One volume of a job and one of its targets."""
+    """One volume of a job and one of its targets.
+
+    :ivar origin: the volume that it is a clone of: that one goes first, so that the clone can be sent as the difference
+    """
 
     job: Job
     key: ReplicaKey
     pair: Pair
     peer: str
+    origin: VolumeId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +151,14 @@ class Runner:
 
     def volumes(self, job: Job) -> tuple[VolumeId, ...]:
         """The volumes that the job's source selects now."""
+        return tuple(volume.id for volume in self._selected(job))
+
+    def _selected(self, job: Job) -> list[VolumeInfo]:
         source = self._network.endpoint(job.source.node)
-        found: list[VolumeId] = []
+        found: dict[VolumeId, VolumeInfo] = {}
         for storage in included_storages(job.source.volumes):
-            found.extend(volume.id for volume in select(job.source.volumes, source.volumes(storage)))
-        return tuple(sorted(set(found)))
+            found.update((volume.id, volume) for volume in select(job.source.volumes, source.volumes(storage)))
+        return [found[volume] for volume in sorted(found)]
 
     def name_of(self, job: Job, volume: VolumeId) -> str:
         """A volume as people name it: with its node before it when it is pulled from there."""
@@ -154,7 +170,7 @@ class Runner:
             self._network.endpoint(job.source.node, job),
             volume,
             self._network.endpoint(target.node, job),
-            replica_volume(job.source.node, volume, target.storage),
+            replica_volume(job.source.node, volume, target.storage, same_path=job.replica_path == "same"),
             hold_tag(job.name, target.node, target.storage),
         )
         peer = target.node if job.source.node == self._network.node else job.source.node
@@ -170,7 +186,8 @@ class Runner:
         if not targets:
             known = ", ".join(str(t) for t in job.targets)
             raise UsageError(f"job {job.name} has no target {target}", hint=f"its targets are: {known}")
-        volumes = [v for v in self.volumes(job) if volume is None or volume in (str(v), self.name_of(job, v))]
+        selected = self._selected(job)
+        volumes = [v.id for v in selected if volume is None or volume in (str(v.id), self.name_of(job, v.id))]
         if volume is not None and not volumes:
             raise NoSuchVolume(
                 f"job {job.name} replicates no volume {volume}", hint=f"`replicator plan {job.name}` lists its volumes"
@@ -178,7 +195,8 @@ class Runner:
         if volume is None and target is None:
             keys = frozenset(self.task(job, v, t).key for v in volumes for t in targets)
             self._recorder.replicas_gone(self.tracker.keep_only(job.name, keys))
-        return tuple(self.task(job, v, t) for v in volumes for t in targets)
+        origins = {v.id: v.origin.volume for v in selected if v.origin is not None}
+        return tuple(replace(self.task(job, v, t), origin=origins.get(v)) for v in volumes for t in targets)
 
     def _full(self, target: str) -> str:
         return target if ":" in target else f"{self._network.node}:{target}"
@@ -187,7 +205,9 @@ class Runner:
         """How the task's job wants it."""
         job = task.job
         return Options(
-            SendPolicy(job.intermediates, job.name), limits=self._limits, pacers=self._pacers(job, task.peer)
+            SendPolicy(job.intermediates, job.name, job.foreign_snapshots),
+            limits=self._limits,
+            pacers=self._pacers(job, task.peer),
         )
 
     # -- looking
@@ -290,15 +310,18 @@ class Runner:
             listen(Note(f"job {job.name}: {len(runs)} volume{plural} snapshotted"))
         reports: list[RunReport] = []
         with ThreadPoolExecutor(min(self._workers, max(1, len(tasks))), thread_name_prefix=f"run-{job.name}") as pool:
-            futures = [
-                pool.submit(self._run_task, task, entry, listen, cancel)
-                for entry in runs.values()
-                for task in entry.tasks
-            ]
-            for future in futures:
-                report = future.result()
-                listen(report)
-                reports.append(report)
+            waiting = [(task, entry) for entry in runs.values() for task in entry.tasks]
+            running: dict[Future[RunReport], Task] = {}
+            while waiting or running:
+                ready = ready_tasks([task for task, _ in waiting], running.values())
+                for task, entry in [item for item in waiting if item[0].key in ready]:
+                    running[pool.submit(self._run_task, task, entry, listen, cancel)] = task
+                waiting = [item for item in waiting if item[0].key not in ready]
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[future]
+                    report = future.result()
+                    listen(report)
+                    reports.append(report)
         for entry in runs.values():
             self._prune_source(job, entry)
         return tuple(reports)
@@ -456,6 +479,16 @@ class Runner:
                     snapshot=outcome.version.name,
                     error=outcome.error,
                 )
+
+
+def ready_tasks(waiting: Sequence[Task], running: Iterable[Task]) -> frozenset[ReplicaKey]:
+    """Those that may begin: a clone goes after what it is a clone of, target by target."""
+    running = tuple(running)
+    unfinished = {(str(task.pair.source_volume), task.key.target) for task in (*waiting, *running)}
+    ready = frozenset(task.key for task in waiting if (str(task.origin), task.key.target) not in unfinished)
+    if ready or running:
+        return ready
+    return frozenset(task.key for task in waiting)  # origins in a circle: no storage has that, a peer may say so
 
 
 def _ignore(_: Progress) -> None:

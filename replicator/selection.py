@@ -188,6 +188,31 @@ class Pattern:
         return cls(names.check_word("storage name", storage), Glob(glob), exclude)
 
 
+@dataclass(frozen=True, slots=True)
+class SnapshotPatterns:
+    """Snapshots by the patterns of their names; ``!`` excludes, wherever it stands.
+
+    :ivar include, exclude: globs
+    """
+
+    include: tuple[Glob, ...] = ()
+    exclude: tuple[Glob, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join([glob.text for glob in self.include] + [f"!{glob.text}" for glob in self.exclude])
+
+    @classmethod
+    def parse(cls, texts: Iterable[str]) -> SnapshotPatterns:
+        """:raises UsageError: an empty pattern, an unclosed bracket"""
+        texts = tuple(texts)
+        excluded = tuple(Glob(text[1:]) for text in texts if text.startswith("!"))
+        return cls(tuple(Glob(text) for text in texts if not text.startswith("!")), excluded)
+
+    def matches(self, name: str) -> bool:
+        """Whether a snapshot of that name is meant."""
+        return any(glob.matches(name) for glob in self.include) and not any(glob.matches(name) for glob in self.exclude)
+
+
 def _covers(patterns: Sequence[Pattern], storage: str, name: str) -> bool:
     chosen = False
     for pattern in patterns:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import zoneinfo
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from pydantic_core import PydanticCustomError
 
 from replicator import names, retention, units
 from replicator.errors import ReplicatorError, UsageError
-from replicator.selection import Pattern
+from replicator.selection import Pattern, SnapshotPatterns
+from replicator.zfs_properties import RESERVED, TAKEN_OVER
 
 DEFAULT_PORT = 8571
 DEFAULT_HTTP_PORT = 9571
@@ -196,6 +198,45 @@ def _source(value: object, info: ValidationInfo) -> object:
     return value
 
 
+def _snapshots(value: object) -> SnapshotPatterns:
+    if not isinstance(value, list | tuple):
+        raise refused(f"is {describe(value)}, but must be a list")
+    for text in value:
+        if not isinstance(text, str):
+            raise refused(f"has {describe(text)} in it, but must be a list of texts in quotes")
+    try:
+        found = SnapshotPatterns.parse(value)
+    except ReplicatorError as error:
+        raise refused(str(error), error.hint) from None
+    if found.exclude and not found.include:
+        raise refused("selects no snapshots", 'name some first, for example ["autosnap_*", "!*_hourly"]')
+    return found
+
+
+_PROPERTY = re.compile(r"[a-z][a-z0-9_]*|[a-z0-9][a-z0-9_.-]*:[a-z0-9_.:-]+")
+"""Of ZFS, or a user property (zfsprops(7))."""
+
+
+def _override(value: dict[str, str]) -> dict[str, str]:
+    for name, text in value.items():
+        if not _PROPERTY.fullmatch(name) or name.startswith("replicator:"):
+            raise refused(f"{name!r} is not a property to set", 'write for example {compression = "zstd"}')
+        if name in RESERVED:
+            raise refused(f"{name!r} cannot be overridden: {RESERVED[name]}", "leave it out")
+        if not text or len(text) > 1024 or not text.isprintable():
+            raise refused(f"{name!r} has no value that can be set", "write the value as zfs set takes it")
+    return value
+
+
+def _taken_over(value: tuple[str, ...]) -> tuple[str, ...]:
+    for name in value:
+        if name not in TAKEN_OVER:
+            close = nearest(name, TAKEN_OVER)
+            remedy = f"did you mean {close!r}?" if close else f"leave it out; taken over are {', '.join(TAKEN_OVER)}"
+            raise refused(f"{name!r} is not taken over from a source anyway", remedy)
+    return value
+
+
 def _some_included(value: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
     if all(pattern.exclude for pattern in value):
         raise refused("selects no volumes", 'name some first, for example ["tank:*", "!tank:*-swap"]')
@@ -253,5 +294,8 @@ Patterns = Annotated[
     AfterValidator(_not_empty),
     AfterValidator(_some_included),
 ]
+Snapshots = Annotated[SnapshotPatterns, PlainValidator(_snapshots)]
+Overrides = Annotated[dict[str, str], AfterValidator(_override)]
+TakenOver = Annotated[tuple[str, ...], Strict(False), AfterValidator(_no_twins), AfterValidator(_taken_over)]
 Argv = Annotated[tuple[Annotated[str, _text(_argument)], ...], Strict(False), AfterValidator(_not_empty)]
 as_source = BeforeValidator(_source)

@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from replicator.planning import Intermediates
-from replicator.selection import included_storages
+from replicator.selection import SnapshotPatterns, included_storages
 from replicator.setting_types import (
     DEFAULT_HTTP_PORT,
     AbsolutePath,
@@ -29,10 +29,13 @@ from replicator.setting_types import (
     HttpAddress,
     KeepText,
     NodeName,
+    Overrides,
     Patterns,
     PeerAddress,
     Rate,
+    Snapshots,
     StorageNames,
+    TakenOver,
     Targets,
     TimeZone,
     Word,
@@ -89,11 +92,19 @@ class ImageStorage(Table):
 
 
 class ZfsStorage(Table):
-    """``[storage.X] kind = "zfs"``: the datasets and zvols below ``root``."""
+    """``[storage.X] kind = "zfs"``: the datasets and zvols below ``root``.
+
+    :ivar accept: the form of streams that replicas are taken in: as they are encrypted (raw), decrypted (plain), or any
+    :ivar override: properties that every replica gets here, whatever its source has
+    :ivar exclude: of the properties that replicas take over (:mod:`replicator.zfs_properties`), what they do not
+    """
 
     name: str
     kind: Literal["zfs"]
     root: Dataset = Field(description='write the dataset that holds the volumes, for example "tank/vm"')
+    accept: Literal["any", "raw", "plain"] = Field("any", description='write "any", "raw" or "plain"')
+    override: Overrides = Field(default_factory=dict, description='write for example {compression = "zstd"}')
+    exclude: TakenOver = Field((), description='write a list of properties, for example ["recordsize"]')
 
 
 class RbdStorage(Table):
@@ -121,6 +132,7 @@ class Peer(Table):
 
     :ivar may_push_to: storages of ours that it may write replicas into, below its own name
     :ivar may_pull_from: storages of ours that it may read
+    :ivar same_path: of ``may_push_to``: where its replicas may have the names of their sources, not only below its own
     :ivar keep: the least that this node keeps of what the peer replicates here, whatever the peer's job says
     """
 
@@ -128,6 +140,7 @@ class Peer(Table):
     address: PeerAddress = Field(description='write its address on the cluster network, for example "10.99.0.2:8571"')
     may_push_to: StorageNames = Field((), description=_NAMES)
     may_pull_from: StorageNames = Field((), description=_NAMES)
+    same_path: StorageNames = Field((), description=_NAMES)
     keep: KeepText | None = Field(None, description=_KEEP)
 
 
@@ -171,6 +184,8 @@ class Job(Table):
     :ivar max_lag: the objective; None: the lag is only reported
     :ivar rate_limit: bytes per second; None: unlimited
     :ivar verify: schedule of verifications; None: only by hand
+    :ivar foreign_snapshots: names of snapshots that replicator did not make and that are sent as well; never destroyed
+    :ivar replica_path: replicas are below the source node's name, or have the same name as their sources
     """
 
     name: str
@@ -190,6 +205,10 @@ class Job(Table):
     intermediates: Annotated[Intermediates, Strict(False)] = Field(
         Intermediates.NEWEST, description='write "newest" or "all"'
     )
+    foreign_snapshots: Snapshots = Field(
+        SnapshotPatterns(), description='write a list of patterns, for example ["autosnap_*", "!*_hourly"]'
+    )
+    replica_path: Literal["node", "same"] = Field("node", description='write "node" or "same"')
     compress: Literal["auto", "never"] = Field("auto", description='write "auto" or "never"')
     enabled: bool = Field(True, description="write true or false, without quotes")
 

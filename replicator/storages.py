@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from backends.base import Backend
 from replicator.errors import MissingBinding, ReplicatorError, Unsupported
@@ -44,8 +45,12 @@ def build_backend(storage: Storage) -> Backend:
         )
     if isinstance(storage, ZfsStorage):
         from backends.zfs import ZfsBackend
+        from backends.zfs.properties import StreamForm
+        from backends.zfs.taking_over import Terms
 
-        return ZfsBackend(storage.name, storage.root)
+        accept = None if storage.accept == "any" else StreamForm(storage.accept)
+        terms = Terms(accept, MappingProxyType(storage.override), frozenset(storage.exclude))
+        return ZfsBackend(storage.name, storage.root, terms=terms)
     binding = _BINDINGS[storage.kind]
     needs = f"storage {storage.name!r} is of kind {storage.kind}, which"
     if importlib.util.find_spec(binding.module) is None:

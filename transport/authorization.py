@@ -22,10 +22,13 @@ class PeerRights:
 
     :ivar may_push_to: storages that it may write replicas into, below its own name
     :ivar may_pull_from: storages that it may read
+    :ivar same_path: of ``may_push_to``: where it may write replicas under any name (that no volume has which is not a
+        replica: that is for the endpoint to see)
     """
 
     may_push_to: frozenset[str] = frozenset()
     may_pull_from: frozenset[str] = frozenset()
+    same_path: frozenset[str] = frozenset()
 
     def sees(self, storage: str) -> bool:
         """Whether the storage exists for the peer at all."""
@@ -46,7 +49,9 @@ class Authority:
 
     def may_write(self, volume: VolumeId) -> bool:
         """A replica of the peer's own, in a storage that it may push to."""
-        return volume.storage in self.rights.may_push_to and volume.name.startswith(f"{self.peer}/")
+        if volume.storage not in self.rights.may_push_to:
+            return False
+        return volume.storage in self.rights.same_path or volume.name.startswith(f"{self.peer}/")
 
     def may_read(self, volume: VolumeId) -> bool:
         """Anything of a storage that it may pull from, and its own replicas."""
@@ -62,7 +67,9 @@ class Authority:
             case messages.Receive() | messages.AbortReceive() | messages.SetAside() | messages.Adopt():
                 volume = request.request.volume if isinstance(request, messages.Receive) else request.volume
                 self._require_write(request, volume)
-            case messages.Clone():
+                if isinstance(request, messages.Receive) and request.request.origin is not None:
+                    self._require_write(request, request.request.origin)
+            case messages.Clone() | messages.Rename():
                 self._require_write(request, request.volume)
                 self._require_write(request, request.new)
             case messages.EnsurePrimary():
@@ -75,7 +82,7 @@ class Authority:
             case messages.Hold() | messages.Release():
                 self._require_read(request, request.volume)
                 self._require_tag(request, request.tag)
-            case messages.State() | messages.Estimate():
+            case messages.State() | messages.Estimate() | messages.Properties():
                 self._require_read(request, request.volume)
             case messages.Send() | messages.Digests() | messages.Prune():
                 self._require_read(request, request.request.volume)

@@ -31,6 +31,8 @@ from replicator.endpoint import (
 from replicator.errors import InvalidName, ProtocolError, ReplicatorError
 from replicator.model import (
     Lineage,
+    Origin,
+    Property,
     ResumeState,
     StorageInfo,
     StreamKind,
@@ -166,6 +168,21 @@ class Adopt:
 
 
 @dataclass(frozen=True, slots=True)
+class Rename:
+    """:meth:`Endpoint.rename`"""
+
+    volume: VolumeId
+    new: VolumeId
+
+
+@dataclass(frozen=True, slots=True)
+class Properties:
+    """:meth:`Endpoint.properties`"""
+
+    volume: VolumeId
+
+
+@dataclass(frozen=True, slots=True)
 class Prune:
     """:meth:`Endpoint.prune`"""
 
@@ -217,6 +234,8 @@ Request = (
     | Digests
     | SetAside
     | Adopt
+    | Rename
+    | Properties
     | Prune
     | Clone
     | GetCrl
@@ -246,6 +265,8 @@ ANSWERS: dict[type[Request], Any] = {
     Digests: StreamOpened,
     SetAside: VersionRef | None,
     Adopt: None,
+    Rename: None,
+    Properties: tuple[Property, ...],
     Prune: tuple[PruneOutcome, ...],
     Clone: VolumeInfo,
     GetCrl: str,
@@ -334,6 +355,8 @@ _MAX_TEXT = 4096
 _MAX_TOKEN = 64 * 1024
 _MAX_BLOCK = 16 * 1024 * 1024
 _MAX_CSR = 8192
+_MAX_PROPERTIES = 64
+_PROPERTY = re.compile(r"[a-z0-9][a-z0-9_.:-]{0,255}")
 
 
 def _refuse(what: str) -> ProtocolError:
@@ -425,8 +448,16 @@ def _check_fields(value: object) -> None:  # noqa: PLR0912, PLR0915 - one case a
             _key(value.key)
             if value.ranges is not None and value.base is not None:
                 raise _refuse("both ranges and a base")
+        case Origin():
+            names.check_snapshot(value.snapshot)
+        case Property():
+            if not _PROPERTY.fullmatch(value.name):
+                raise InvalidName(f"property name {value.name[:80]!r} is not allowed", hint="")
+            _text(value.value, "property value")
         case ReceiveRequest():
             _key(value.key)
+            if len(value.properties) > _MAX_PROPERTIES:
+                raise _refuse(f"{len(value.properties)} properties; at most {_MAX_PROPERTIES} are allowed")
             if value.to.kind is not VersionKind.SNAPSHOT:
                 raise _refuse("a bookmark as what is to be received")
             if value.hold:

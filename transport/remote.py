@@ -18,7 +18,7 @@ from replicator.endpoint import (
     SnapshotRequest,
 )
 from replicator.errors import Cancelled, ConnectionLost, RemoteError, ReplicatorError
-from replicator.model import Lineage, StorageInfo, Version, VersionRef, VolumeId, VolumeInfo, VolumeState
+from replicator.model import Lineage, Property, StorageInfo, Version, VersionRef, VolumeId, VolumeInfo, VolumeState
 from replicator.streams import ChunkStream, Stream
 from transport import messages
 from transport.compression import AdaptiveCompressor
@@ -184,6 +184,15 @@ class RemoteEndpoint:
     def adopt(self, volume: VolumeId, lineage: Lineage) -> None:
         """See :class:`~replicator.endpoint.Endpoint`."""
         self._call(messages.Adopt(volume, lineage))
+
+    def rename(self, volume: VolumeId, new: VolumeId) -> None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        self._call(messages.Rename(volume, new))
+
+    def properties(self, volume: VolumeId) -> tuple[Property, ...]:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found: tuple[Property, ...] = self._call(messages.Properties(volume))
+        return found
 
     def prune(self, request: PruneRequest) -> tuple[PruneOutcome, ...]:
         """See :class:`~replicator.endpoint.Endpoint`."""

@@ -135,6 +135,10 @@ class Session:
                 endpoint.abort_receive(volume)
             case messages.Adopt(volume, lineage):
                 endpoint.adopt(volume, lineage)
+            case messages.Rename(volume, new):
+                endpoint.rename(volume, new)
+            case messages.Properties(volume):
+                return endpoint.properties(volume)
             case _:
                 raise AssertionError(f"{messages.operation(request)} is not answered here")
         return None

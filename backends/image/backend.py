@@ -20,11 +20,12 @@ from replicator import names
 from replicator.cancellation import Cancellation
 from replicator.checksums import Checksums
 from replicator.endpoint import DigestBatch, DigestRequest, ReceiveRequest, SendRequest
-from replicator.errors import NoSuchVolume, ReplicatorError
+from replicator.errors import NoSuchVolume, ReplicatorError, Unsupported
 from replicator.model import (
     Capability,
     Lack,
     Lineage,
+    Property,
     Role,
     StorageInfo,
     StreamKind,
@@ -271,6 +272,14 @@ class ImageBackend:
         """See :class:`~backends.base.Backend`."""
         with self._context.errors(f"keeping {volume} aside"):
             return snapshotting.set_aside(self._context, volume, names.check_snapshot(name))
+
+    def rename(self, volume: str, _new: str) -> None:
+        """Not declared, so not asked for."""
+        raise Unsupported(f"image {volume} cannot be renamed", hint="rename it by hand while nothing uses it")
+
+    def properties(self, _volume: str) -> tuple[Property, ...]:
+        """None: an image is its bytes."""
+        return ()
 
     def clone(self, volume: str, version: VersionRef, new: str) -> VolumeInfo:
         """See :class:`~backends.base.Backend`."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from backends.zfs import properties
+from backends.zfs import placeholders, properties
 from backends.zfs.context import Context
 from backends.zfs.listing import Dataset
 from backends.zfs.naming import MAX_DATASET
@@ -30,15 +30,37 @@ FILESYSTEM_PROPERTIES = ("canmount=noauto",)
 
 
 def look(context: Context, volume: str) -> Dataset | None:
-    """A volume with its versions, None if there is none; completes first what a power cut interrupted."""
+    """A volume with its versions, None if there is none; completes first what a power cut interrupted.
+
+    Of a replica that is being received beside its placeholder, what has come so far: its ``name`` says where that is.
+    """
     found = context.look(volume)
     if found is None:
         place = context.names.dataset(volume)
         while place != context.names.root:  # it may have been on its way with a dataset above it
-            if finish(context, place):
+            if _complete(context, place):
                 found = context.look(volume)
             place = place.rpartition("/")[0]
+    elif found.is_placeholder:
+        arriving = placeholders.settle(context, found.name)
+        found = arriving or context.look(volume)
+    elif found.is_leaving:
+        with context.moving:
+            if not finish(context, found.name):
+                context.change_if_there(
+                    "zfs", "inherit", properties.PLACEHOLDER, found.name, dataset=found.name, doing="putting back"
+                )
+        found = context.look(volume)
     return found
+
+
+def _complete(context: Context, dataset: str) -> bool:
+    """Whether something was on its way to that name, and is there now."""
+    with context.moving:
+        if finish(context, dataset):
+            return True
+        placeholders.settle(context, dataset)
+        return context.listing.quick(dataset) is not None
 
 
 def detach(context: Context, dataset: Dataset, base: Version | None, name: str) -> str:
@@ -49,8 +71,19 @@ def detach(context: Context, dataset: Dataset, base: Version | None, name: str) 
     """
     if (dataset.written > 0 or base is None) and dataset.named(name) is None:
         context.library.snapshot([f"{dataset.name}@{name}"])
+    with context.moving:
+        return _detach(context, dataset, base, name)
+
+
+def _detach(context: Context, dataset: Dataset, base: Version | None, name: str) -> str:
     kept = f"{dataset.name}-{name}"
     passage = passage_of(dataset.name)
+    if base is None and not dataset.children:
+        placeholders.move(context, dataset.name, kept)
+        return kept
+    if dataset.lineage is not None:  # from now on look() asks whether the work was done to its end
+        setting = f"{properties.PLACEHOLDER}={dataset.name}"
+        context.change("zfs", "set", setting, dataset.name, dataset=dataset.name, doing="putting back")
     if base is not None:
         settings = [*REPLICA_PROPERTIES, *(() if dataset.is_zvol else FILESYSTEM_PROPERTIES)]
         if dataset.lineage is not None:
@@ -60,17 +93,19 @@ def detach(context: Context, dataset: Dataset, base: Version | None, name: str) 
             dataset=dataset.name, doing="putting back",
         )  # fmt: skip
         context.change("zfs", "promote", passage, dataset=passage, doing="putting back")
-    elif dataset.children:
-        make_placeholder(context, passage, dataset.name)
     else:
-        _rename(context, dataset.name, kept)
-        return kept
+        placeholders.make_placeholder(context, passage, dataset.name)
     _swap(context, dataset.name, dataset.children, kept)
     return kept
 
 
 def finish(context: Context, dataset: str) -> bool:
     """Complete what a power cut interrupted; whether there was anything."""
+    with context.moving:
+        return _finish(context, dataset)
+
+
+def _finish(context: Context, dataset: str) -> bool:
     passage = context.listing.dataset(passage_of(dataset))
     if passage is None:
         return False
@@ -79,7 +114,7 @@ def finish(context: Context, dataset: str) -> bool:
     if not passage.snapshots and not holder:  # a clone that was not promoted yet: nothing in it is its own
         context.change("zfs", "destroy", passage.name, dataset=passage.name, doing="discarding")
     elif there is None:
-        _rename(context, passage.name, dataset)
+        placeholders.move(context, passage.name, dataset)
     else:
         kept = [v.name for v in there.snapshots if v.is_diverged]
         newest = there.snapshots[-1].name if there.snapshots else "unnamed"
@@ -106,19 +141,9 @@ def options(settings: Iterable[str]) -> tuple[str, ...]:
     return tuple(word for setting in settings for word in ("-o", setting))
 
 
-def make_placeholder(context: Context, dataset: str, stands_for: str) -> None:
-    """A filesystem without data that only holds others."""
-    settings = ("canmount=off", "mountpoint=none", f"{properties.PLACEHOLDER}={stands_for}")
-    context.change("zfs", "create", "-u", *options(settings), dataset, dataset=dataset, doing="making the placeholder")
-
-
 def _swap(context: Context, dataset: str, children: Iterable[str], kept: str) -> None:
     passage = passage_of(dataset)
     for child in children:
-        _rename(context, child, passage + child.removeprefix(dataset))
-    _rename(context, dataset, kept)
-    _rename(context, passage, dataset)
-
-
-def _rename(context: Context, old: str, new: str) -> None:
-    context.change("zfs", "rename", old, new, dataset=old, doing="renaming")
+        placeholders.move(context, child, passage + child.removeprefix(dataset))
+    placeholders.move(context, dataset, kept)
+    placeholders.move(context, passage, dataset)

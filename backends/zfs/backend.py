@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from backends.zfs import aside, cursors, privileges, properties, replica, sending
+from backends.zfs import aside, cursors, placeholders, privileges, properties, renaming, replica, sending, taking_over
 from backends.zfs.binding import LibraryChoice, installed
 from backends.zfs.commands import LIST_DEADLINE, Runner, SystemRunner
 from backends.zfs.context import Context
@@ -14,15 +14,18 @@ from backends.zfs.failures import Operation, failure
 from backends.zfs.listing import Dataset, Listing, parse, versions_of
 from backends.zfs.naming import DatasetNames
 from backends.zfs.pool_state import PoolState
+from backends.zfs.taking_over import Terms
 from backends.zfs.workers import Workers
 from replicator import names
 from replicator.cancellation import Cancellation
 from replicator.endpoint import DigestBatch, DigestRequest, ReceiveRequest, SendRequest
-from replicator.errors import NoSuchVolume, SnapshotHeld, Unsupported, VolumeBusy
+from replicator.errors import InvalidName, NoSuchVolume, SnapshotHeld, Unsupported, VolumeBusy
 from replicator.model import (
     Capability,
     Lack,
     Lineage,
+    Origin,
+    Property,
     Role,
     StorageInfo,
     StreamKind,
@@ -43,6 +46,9 @@ CAPABILITIES = (
     | Capability.ATOMIC_GROUP
     | Capability.ATOMIC_SNAPSHOT
     | Capability.CLONE
+    | Capability.RENAME
+    | Capability.ORIGINS
+    | Capability.PROPERTIES
 )
 INFO_AGE = 5.0
 """Seconds for which ``info`` may repeat itself: each plan asks for it."""
@@ -55,6 +61,7 @@ class ZfsBackend:
     """The datasets and zvols below one dataset; see :mod:`backends.zfs`. Thread-safe.
 
     :param root: the dataset that holds the volumes; it must exist, and its pool may come and go
+    :param terms: on which terms replicas are taken
     :param runner: what runs zfs and zpool; tests give one that answers from a record
     :param choice: of what changes snapshots, holds and bookmarks; libzfs_core where it can be used, if none is given
     """
@@ -68,6 +75,7 @@ class ZfsBackend:
         name: str,
         root: str,
         *,
+        terms: Terms | None = None,
         runner: Runner | None = None,
         choice: LibraryChoice | None = None,
         info_age: float = INFO_AGE,
@@ -79,6 +87,8 @@ class ZfsBackend:
         runner = runner or SystemRunner(pool.check)
         self._choice = choice or LibraryChoice(name, root, runner, Workers(pool), installed)
         self._context = Context(dataset_names, runner, Listing(dataset_names, runner), self._choice.library)
+        self._terms = terms or Terms()
+        self._not_taken_over: dict[str, tuple[str, ...]] = {}
         self._info_age = info_age
         self._info_lock = threading.Lock()
         self._info: tuple[float, StorageInfo] | None = None
@@ -110,6 +120,7 @@ class ZfsBackend:
         if unused := context.library.warning():
             warnings.append(unused)
         warnings += self._found_problems()
+        warnings += [told for volume in sorted(self._not_taken_over) for told in self._not_taken_over[volume]]
         if len(warnings) > _MAX_WARNINGS:
             warnings[_MAX_WARNINGS:] = [f"and {len(warnings) - _MAX_WARNINGS} more warnings"]
         return StorageInfo(
@@ -159,10 +170,18 @@ class ZfsBackend:
         """See :class:`~backends.base.Backend`."""
         found, _ = self._context.listing.all()
         return tuple(
-            VolumeInfo(VolumeId(self.name, volume), dataset.volsize, dataset.lineage)
+            VolumeInfo(VolumeId(self.name, volume), dataset.volsize, dataset.lineage, self._origin(dataset))
             for volume, dataset in found
-            if not aside.is_passage(volume)
+            if not aside.is_passage(volume) and not placeholders.is_arrival(volume)
         )
+
+    def _origin(self, dataset: Dataset) -> Origin | None:
+        """What a clone began as, where that is a volume of this storage."""
+        name, _, snapshot = dataset.origin.partition("@")
+        try:
+            return Origin(VolumeId(self.name, self._context.names.volume(name)), names.check_snapshot(snapshot))
+        except InvalidName:
+            return None
 
     def state(self, volume: str) -> VolumeState | None:
         """See :class:`~backends.base.Backend`."""
@@ -171,7 +190,13 @@ class ZfsBackend:
             return None
         resume = found.token.resume if found.token is not None else None
         return VolumeState(
-            VolumeId(self.name, volume), found.volsize, found.versions, found.lineage, resume, found.head_changed
+            VolumeId(self.name, volume),
+            found.volsize,
+            found.versions,
+            found.lineage,
+            resume,
+            found.head_changed,
+            self._origin(found),
         )
 
     def set_lineage(self, volume: str, lineage: Lineage) -> None:
@@ -277,7 +302,12 @@ class ZfsBackend:
 
     def receive(self, request: ReceiveRequest, stream: Stream, cancel: Cancellation) -> Version:
         """See :class:`~backends.base.Backend`."""
-        return replica.receive(self._context, request, stream, cancel)
+        version, told = replica.receive(self._context, request, stream, cancel, self._terms)
+        if told:
+            self._not_taken_over[request.volume.name] = told
+        else:
+            self._not_taken_over.pop(request.volume.name, None)
+        return version
 
     def abort_receive(self, volume: str) -> None:
         """See :class:`~backends.base.Backend`."""
@@ -309,6 +339,14 @@ class ZfsBackend:
             self.set_lineage(volume, Lineage(lineage.uuid, Role.REPLICA, lineage.epoch))
         return kept
 
+    def rename(self, volume: str, new: str) -> None:
+        """See :class:`~backends.base.Backend`."""
+        renaming.rename(self._context, volume, new)
+
+    def properties(self, volume: str) -> tuple[Property, ...]:
+        """See :class:`~backends.base.Backend`."""
+        return taking_over.offered(self._context, self._context.require(volume).name)
+
     def clone(self, volume: str, version: VersionRef, new: str) -> VolumeInfo:
         """See :class:`~backends.base.Backend`. A filesystem is not mounted by that."""
         context = self._context
@@ -317,7 +355,7 @@ class ZfsBackend:
         source = context.snapshot(volume, dataset, version)
         if context.look(new) is not None:
             raise VolumeBusy(f"volume {self.name}:{new} exists already", hint="choose another name for the new one")
-        replica.make_parents(context, target)
+        placeholders.make_parents(context, target)
         settings = () if dataset.is_zvol else aside.FILESYSTEM_PROPERTIES
         name = context.full_name(dataset.name, source)
         context.change("zfs", "clone", *aside.options(settings), name, target, dataset=name, doing="cloning")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from backends.zfs.commands import CHANGE_DEADLINE, Finished, Runner
 from backends.zfs.failures import Operation, failure, is_missing
@@ -19,12 +20,14 @@ class Context:
     """One storage: its names, its commands, its listings.
 
     :ivar choose: says what changes snapshots, holds and bookmarks, see :attr:`library`
+    :ivar moving: held while datasets are renamed in several steps, so that nobody completes what is under way
     """
 
     names: DatasetNames
     runner: Runner
     listing: Listing
     choose: Callable[[], Library]
+    moving: threading.RLock = field(default_factory=threading.RLock, compare=False)
 
     @property
     def library(self) -> Library:

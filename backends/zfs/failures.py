@@ -140,7 +140,7 @@ _RULES = (
     ),
     _rule(
         r"dependent clones|has (dependent )?clones|is cloned",
-        VolumeBusy,
+        SnapshotHeld,
         "a clone needs this snapshot: destroy or promote the clone first (zfs list -o name,origin)",
     ),
     _rule(

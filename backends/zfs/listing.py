@@ -76,7 +76,8 @@ class Dataset:
     :ivar volsize: bytes; None for a filesystem
     :ivar written: bytes of live data since the newest snapshot
     :ivar token: of a receive that was interrupted
-    :ivar stands_for: a placeholder's own name, or that of the one above it
+    :ivar stands_for: a placeholder's own name, or that of the one above it; for another one's own, see
+        ``is_leaving``
     :ivar versions: oldest first; only where they were listed
     :ivar children: datasets directly below it; only where they were listed
     """
@@ -102,6 +103,11 @@ class Dataset:
         """Whether it is one of ours that only holds others. (Its children inherit the property, but not its name.) Once
         it receives, it has a lineage, and is a volume."""
         return self.stands_for == self.name and self.lineage is None
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it is being put back to one of its snapshots, and that may have been interrupted."""
+        return self.stands_for == self.name and self.lineage is not None
 
     @property
     def snapshots(self) -> tuple[Version, ...]:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from backends.zfs import aside, properties
+from backends.zfs import aside, placeholders, properties, taking_over
 from backends.zfs.context import Context
 from backends.zfs.failures import Operation
 from backends.zfs.listing import Dataset
 from backends.zfs.properties import StreamForm
 from backends.zfs.receiving import IncomingStream, feed
 from backends.zfs.stream_head import StreamHead
+from backends.zfs.taking_over import Terms, check_honest, never_taken
 from backends.zfs.tokens import read_token
 from replicator import names
 from replicator.cancellation import Cancellation
 from replicator.endpoint import ReceiveMode, ReceiveRequest
 from replicator.errors import (
     NoSuchSnapshot,
+    NotAReplica,
     ProtocolError,
-    ReplicatorError,
     SnapshotExists,
     StaleResume,
     Unsupported,
@@ -30,13 +31,14 @@ from replicator.model import Lineage, Role, StreamKind, Version, VersionRef, Vol
 from replicator.roles import check_may_receive
 from replicator.streams import Stream
 
-EXCLUDED = ("mountpoint", "sharenfs", "sharesmb")
-"""Properties that are never taken from a stream, whoever sent it: it could mount itself over what is there, or export
-itself. What our own sender makes has no properties at all."""
 
+def receive(
+    context: Context, request: ReceiveRequest, stream: Stream, cancel: Cancellation, terms: Terms
+) -> tuple[Version, tuple[str, ...]]:
+    """See :meth:`replicator.endpoint.Endpoint.receive`; also what of the source's properties could not be taken over.
 
-def receive(context: Context, request: ReceiveRequest, stream: Stream, cancel: Cancellation) -> Version:
-    """See :meth:`replicator.endpoint.Endpoint.receive`."""
+    :param terms: what this storage insists on
+    """
     names.check_snapshot(request.to.name)
     if request.aside:
         names.check_snapshot(request.aside)
@@ -48,14 +50,19 @@ def receive(context: Context, request: ReceiveRequest, stream: Stream, cancel: C
             hint="choose a target storage of the source's kind",
         )
     if request.mode is ReceiveMode.RESTORE:
-        return _Restore(context, request).run(stream, cancel)
-    return _Receive(context, request).run(stream, cancel)
+        return _Restore(context, request).run(stream, cancel), ()
+    received = _Receive(context, request, terms)
+    version = received.run(stream, cancel)
+    return version, received.take_over()
 
 
 class _Receive:
-    """One receive of a replica."""
+    """One receive of a replica.
 
-    def __init__(self, context: Context, request: ReceiveRequest) -> None:
+    It goes to ``place``: the dataset itself, or beside a placeholder that gives way to it at the end.
+    """
+
+    def __init__(self, context: Context, request: ReceiveRequest, terms: Terms) -> None:
         if request.lineage is None:
             raise UsageError(f"no lineage is given for the replica {request.volume}", hint="")
         self._context = context
@@ -63,6 +70,10 @@ class _Receive:
         self._volume = request.volume.name
         self._label = context.names.label(self._volume)
         self._dataset = context.names.dataset(self._volume)
+        self._place = self._dataset
+        self._terms = terms
+        self._origin: Dataset | None = None
+        self._received: Dataset | None = None
         self._lineage = Lineage(request.lineage.uuid, Role.REPLICA, request.lineage.epoch)
         context.names.snapshot(self._volume, request.to.name)
 
@@ -73,6 +84,8 @@ class _Receive:
             done = self._there_already(there)
             if done is not None:
                 return done
+        if self._request.origin is not None:
+            self._origin = self._context.require(self._request.origin.name)
         there = self._ready(there)
         incoming = IncomingStream(stream)
         cancel.check()
@@ -80,11 +93,20 @@ class _Receive:
         self._check_head(head, there)
         form = StreamForm.RAW if head.raw else StreamForm.PLAIN
         if there is not None and not there.is_placeholder:
+            self._place = there.name
             self._pin(there, form)
+        elif there is not None:
+            self._check_may_give_way(there, head)
+            self._place = placeholders.arrival_of(self._dataset)
         else:
-            make_parents(self._context, self._dataset)
+            placeholders.make_parents(self._context, self._dataset)
         feed(self._context.runner, self._argv(head, form, there), incoming, self._operation, cancel)
         return self._committed(form)
+
+    def take_over(self) -> tuple[str, ...]:
+        """Take over those properties of the source that this storage allows; what could not be, a sentence each."""
+        there = self._received
+        return () if there is None else taking_over.apply(self._context, there, self._request.properties, self._terms)
 
     @property
     def _operation(self) -> Operation:
@@ -112,9 +134,7 @@ class _Receive:
         request = self._request
         if there is None or there.is_placeholder:
             if request.base is not None:
-                raise NoSuchSnapshot(
-                    f"{self._label} is not there, and so not its {request.base.name}", hint="plan again"
-                )
+                self._base(there)
             if request.resume is not None:
                 raise self._stale()
             return there
@@ -124,15 +144,39 @@ class _Receive:
                 f"{self._label} has another snapshot called {other.name} (guid {other.guid})",
                 hint="plan again: it is then received under another name",
             )
-        base = self._context.snapshot(self._volume, there, request.base) if request.base is not None else None
+        base = self._base(there)
         if request.resume is not None and request.mode is ReceiveMode.REPLICA:
             self._check_resume(there)
             return there
         if there.token is not None:
             self._discard(there)
             if not there.snapshots:  # it was but the beginning of a first copy
-                return None
+                return self._context.look(self._volume)
         return self._ending_with(there, base)
+
+    def _base(self, there: Dataset | None) -> Version | None:
+        """The snapshot that the stream applies to: of the replica, or of what it is to be a clone of."""
+        base = self._request.base
+        if base is None:
+            return None
+        if self._origin is not None:
+            lineage = self._origin.lineage
+            if lineage is None or lineage.role is not Role.REPLICA or (there is not None and there.snapshots):
+                raise NoSuchSnapshot(
+                    f"{self._origin.name} is no replica that {self._label} can be a clone of", hint="plan again"
+                )
+            return self._context.snapshot(self._context.names.volume(self._origin.name), self._origin, base)
+        if there is None or there.is_placeholder:
+            raise NoSuchSnapshot(f"{self._label} is not there, and so not its {base.name}", hint="plan again")
+        return self._context.snapshot(self._volume, there, base)
+
+    def _check_may_give_way(self, there: Dataset, head: StreamHead) -> None:
+        """A zvol has nothing below it."""
+        if head.is_zvol and there.children:
+            raise NotAReplica(
+                f"{self._label} arrives as a zvol, and there are volumes below it: {there.children[0]}",
+                hint="its source was a filesystem: rename or remove those replicas if their sources are gone",
+            )
 
     def _ending_with(self, there: Dataset, base: Version | None) -> Dataset | None:
         newer = [v for v in there.snapshots if base is None or v.position > base.position]
@@ -188,7 +232,10 @@ class _Receive:
     def _check_head(self, head: StreamHead, there: Dataset | None) -> None:
         """The stream must be what was asked for: the other node may be of another mind, or another's."""
         request = self._request
+        self._terms.check(head, self._label)
         pinned = there.form if there is not None else None
+        if self._origin is not None and pinned is None:
+            pinned = self._origin.default_form
         if pinned is not None and (pinned is StreamForm.RAW) != head.raw:
             raise Unsupported(
                 f"{self._label} was received as {pinned} streams, and now a {'raw' if head.raw else 'plain'} one came: "
@@ -203,10 +250,9 @@ class _Receive:
                 hint="both nodes must run the same version",
             )
         base = request.base.guid if request.base is not None else None
-        if head.compound and (base is None or head.datasets != 1 or head.with_properties):
+        if head.compound and (base is None or self._origin is not None):
             raise ProtocolError(
-                f"the stream for {self._label} is a package of {head.datasets} datasets"
-                f"{' with properties' if head.with_properties else ''}, and not the snapshots of one",
+                f"the stream for {self._label} is a package, and not one snapshot",
                 hint="both nodes must run the same version",
             )
         to = head.to_guid if head.compound else request.to.guid  # a package ends with it, and begins with any
@@ -218,18 +264,16 @@ class _Receive:
             )
 
     def _argv(self, head: StreamHead, form: StreamForm, there: Dataset | None) -> tuple[str, ...]:
-        target = self._dataset if head.compound else f"{self._dataset}@{self._request.to.name}"
-        argv = ["zfs", "receive", "-s", "-u"]
-        if there is not None and there.is_placeholder:
-            argv.append("-F")  # it has no data: nothing can be lost
-        for name in EXCLUDED:
-            if head.compound or not head.is_zvol:  # a zvol has none of them, and zfs says so each time
-                argv += ["-x", name]
+        target = self._place if head.compound else f"{self._place}@{self._request.to.name}"
+        argv = ["zfs", "receive", "-s", "-u", *self._terms.options(head)]
+        argv += aside.options(aside.REPLICA_PROPERTIES)
+        if not head.is_zvol:
+            argv += aside.options(aside.FILESYSTEM_PROPERTIES)
         if there is None or there.is_placeholder:
-            argv += aside.options(aside.REPLICA_PROPERTIES)
-            if not head.is_zvol:
-                argv += aside.options(aside.FILESYSTEM_PROPERTIES)
             argv += aside.options(properties.settings(self._lineage, form, self._request.to.guid))
+        if self._origin is not None and self._request.base is not None:
+            base = self._context.snapshot(self._volume, self._origin, self._request.base)
+            argv += aside.options((f"origin={self._origin.name}@{base.name}",))
         return (*argv, target)
 
     def _pin(self, there: Dataset, form: StreamForm) -> None:
@@ -242,8 +286,11 @@ class _Receive:
     # -- the end
 
     def _committed(self, form: StreamForm) -> Version:
+        if self._place != self._dataset:
+            placeholders.settle(self._context, self._dataset)
         there = self._context.require(self._volume)
         self._pin(there, form)
+        self._received = there
         found = there.find(self._request.to.guid)
         if found is None:
             raise ProtocolError(
@@ -277,12 +324,13 @@ class _Restore:
             raise VolumeBusy(f"volume {request.volume} exists already", hint="name a volume that does not exist yet")
         incoming = IncomingStream(stream)
         head = incoming.head()
+        check_honest(head, str(request.volume))
         if head.compound or head.resuming or (head.to_guid, head.base_guid) != (request.to.guid, None):
             raise ProtocolError(f"the stream for {request.volume} is not one of {request.to.name} alone", hint="")
         snapshot = f"{self._dataset}@{request.to.name}"
         settings = [f"{properties.OF}={properties.RESTORING}", *(() if head.is_zvol else aside.FILESYSTEM_PROPERTIES)]
-        make_parents(context, self._dataset)
-        excluded = () if head.is_zvol else tuple(word for name in EXCLUDED for word in ("-x", name))
+        placeholders.make_parents(context, self._dataset)
+        excluded = never_taken(head)
         argv = ("zfs", "receive", "-s", "-u", *excluded, *aside.options(settings), snapshot)
         operation = Operation(context.storage, snapshot, "restoring")
         try:
@@ -309,19 +357,3 @@ def abort(context: Context, there: Dataset) -> None:
 def hold(context: Context, dataset: str, version: Version | VersionRef, tag: str) -> None:
     """Hold a snapshot. Nothing happens if that tag holds it already."""
     context.library.hold(context.full_name(dataset, version), tag)
-
-
-def make_parents(context: Context, dataset: str) -> None:
-    """Make the datasets above this one that are missing, as placeholders."""
-    root = context.names.root
-    place = root
-    missing = False
-    for part in dataset.removeprefix(root + "/").split("/")[:-1]:
-        place = f"{place}/{part}"
-        missing = missing or context.listing.quick(place) is None
-        if missing:
-            try:
-                aside.make_placeholder(context, place, place)
-            except ReplicatorError:  # another receive may have been faster
-                if context.listing.quick(place) is None:
-                    raise

@@ -120,13 +120,35 @@ def _fill(fd: int, buffer: bytearray, selector: selectors.BaseSelector) -> tuple
 
 
 def argv_of(dataset: Dataset, base: Version | None, to: Version, *, intermediates: bool = False) -> tuple[str, ...]:
-    """The arguments of zfs send for one step."""
+    """The arguments of zfs send for one step; a base that the dataset does not have is its origin."""
     name = dataset.name
     source: tuple[str, ...] = ()
     if base is not None:
-        mark = "@" if base.kind is VersionKind.SNAPSHOT else "#"
-        source = ("-I" if intermediates else "-i", f"{name}{mark}{base.name}")
+        source = ("-I" if intermediates else "-i", base_name(dataset, base))
     return (*dataset.default_form.flags, *source, f"{name}@{to.name}")
+
+
+def base_name(dataset: Dataset, base: Version) -> str:
+    """The full name of what a stream begins from; see :func:`base_of`."""
+    if base not in dataset.versions:
+        return dataset.origin
+    return f"{dataset.name}{'@' if base.kind is VersionKind.SNAPSHOT else '#'}{base.name}"
+
+
+def base_of(context: Context, volume: str, dataset: Dataset, ref: VersionRef | None) -> Version | None:
+    """What a stream begins from: a version of the dataset, or the snapshot that it is a clone of.
+
+    :raises NoSuchSnapshot: neither has that identity
+    """
+    if ref is None:
+        return None
+    if dataset.origin and dataset.find(ref.guid) is None and dataset.find(ref.guid, VersionKind.BOOKMARK) is None:
+        name, _, snapshot = dataset.origin.partition("@")
+        begun = context.listing.dataset(name)
+        found = begun.named(snapshot) if begun is not None else None
+        if found is not None and found.guid == ref.guid:
+            return found
+    return context.version(volume, dataset, ref)
 
 
 def size_of(context: Context, dataset: Dataset, base: Version | None, to: Version, intermediates: bool) -> int | None:
@@ -136,7 +158,7 @@ def size_of(context: Context, dataset: Dataset, base: Version | None, to: Versio
         return None
     if intermediates:  # the command adds up the steps
         return command_space(context.runner, argv_of(dataset, base, to, intermediates=True))
-    source = f"{dataset.name}@{base.name}" if base is not None else None
+    source = base_name(dataset, base) if base is not None else None
     return context.library.send_space(f"{dataset.name}@{to.name}", source, dataset.default_form.flags)
 
 
@@ -144,7 +166,7 @@ def estimate(context: Context, volume: str, base: VersionRef | None, to: Version
     """See :meth:`backends.base.Backend.estimate`."""
     dataset = context.require(volume)
     target = context.snapshot(volume, dataset, to)
-    source = context.version(volume, dataset, base) if base is not None else None
+    source = base_of(context, volume, dataset, base)
     return size_of(context, dataset, source, target, False)
 
 
@@ -157,7 +179,7 @@ def open_stream(context: Context, request: SendRequest, cancel: Cancellation) ->
         )
     dataset = context.require(volume)
     to = context.snapshot(volume, dataset, request.to)
-    base = context.version(volume, dataset, request.base) if request.base is not None else None
+    base = base_of(context, volume, dataset, request.base)
     if base is not None and base.position >= to.position:
         raise NoSuchSnapshot(
             f"{base.name} is not older than {to.name} in {context.names.label(volume)}", hint="plan again"
@@ -168,7 +190,7 @@ def open_stream(context: Context, request: SendRequest, cancel: Cancellation) ->
         rest = command_space(context.runner, arguments)
         total = request.resume.offset + rest if rest is not None else None
     else:
-        intermediates = request.intermediates and base is not None and base.kind is VersionKind.SNAPSHOT
+        intermediates = request.intermediates and base is not None and base in dataset.snapshots
         arguments = argv_of(dataset, base, to, intermediates=intermediates)
         total = size_of(context, dataset, base, to, intermediates)
     started: list[Process] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, replace
 
-from backends.zfs.nvlists import unpack
+from backends.zfs.nvlists import Value, unpack
 from replicator.errors import ProtocolError
 
 RECORD_SIZE = 312
@@ -20,7 +20,11 @@ _MAGIC = 0x2F5BACBAC
 _COMPOUND = 2
 _RAW = 1 << 24
 _RESUMING = 1 << 20
+_REDACTED = 1 << 19
+_HOLDS = 1 << 26
 _ZVOL = 3
+_BESIDES = ("props", "snapprops", "snapholds")
+"""What the list of a package may have of each dataset beside its snapshots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +32,9 @@ class StreamHead:
     """What a stream says of itself.
 
     :ivar compound: a package of several streams (zfs send -I); the rest is what its first one says
-    :ivar datasets: how many datasets a package brings; 1 for a stream that is none
-    :ivar with_properties: whether a package brings properties
+    :ivar contents: what a package says that it has in it; "" for the plain sequence of snapshots that zfs send -I makes
+    :ivar redacted: whether it leaves out data (zfs send --redact)
+    :ivar holds: whether it brings holds (zfs send -h)
     :ivar to_guid: the snapshot that it brings
     :ivar base_guid: what it applies to, None for a full one
     """
@@ -40,8 +45,9 @@ class StreamHead:
     is_zvol: bool
     to_guid: str
     base_guid: str | None
-    datasets: int = 1
-    with_properties: bool = False
+    contents: str = ""
+    redacted: bool = False
+    holds: bool = False
 
 
 def head_size(data: bytes | bytearray | memoryview) -> int:
@@ -71,14 +77,15 @@ def read_head(data: bytes | bytearray | memoryview) -> StreamHead:
             break
     else:
         raise _bad("it does not begin as one")
+    features = (version >> 2) & 0x3FFF_FFFF
     if version & 3 == _COMPOUND:
         end = RECORD_SIZE + payload
-        datasets, with_properties = _package(bytes(view[RECORD_SIZE:end]))
+        contents = _package(bytes(view[RECORD_SIZE:end]))
         first = read_head(view[end + RECORD_SIZE :])
         if first.compound:
             raise _bad("it is a package in a package")
-        return replace(first, compound=True, datasets=datasets, with_properties=with_properties)
-    features = (version >> 2) & 0x3FFF_FFFF
+        holds = first.holds or bool(features & _HOLDS)
+        return replace(first, compound=True, contents=contents, holds=holds)
     return StreamHead(
         False,
         bool(features & _RAW),
@@ -86,20 +93,32 @@ def read_head(data: bytes | bytearray | memoryview) -> StreamHead:
         object_type == _ZVOL,
         str(to_guid),
         str(from_guid) if from_guid else None,
+        redacted=bool(features & _REDACTED),
+        holds=bool(features & _HOLDS),
     )
 
 
-def _package(payload: bytes) -> tuple[int, bool]:
-    """What the head of a package says of its contents: datasets in it, and whether any has properties
-    (``send_iterate_fs`` in ``lib/libzfs/libzfs_sendrecv.c``). That of ``zfs send -I`` alone says nothing: it is just
-    one stream after the other, all of one dataset."""
+def _package(payload: bytes) -> str:
+    """What the head of a package says that it has beside the snapshots of one dataset, for people
+    (``send_iterate_fs`` in ``lib/libzfs/libzfs_sendrecv.c``). That of ``zfs send -I`` alone says nothing or, of a raw
+    one, what the dataset is: it is just one stream after the other."""
     if not payload:
-        return 1, False
+        return ""
     found = unpack(payload).get("fss")
     if not isinstance(found, dict):
-        raise _bad("its package does not say what is in it")
+        return "contents that it does not list"
     datasets = [value for value in found.values() if isinstance(value, dict)]
-    return len(datasets), any(value.get("props") for value in datasets)
+    brought = [key for key in _BESIDES if any(_says_something(value.get(key)) for value in datasets)]
+    if len(datasets) == 1 and not brought:
+        return ""
+    return " and ".join((f"{len(datasets)} dataset{'' if len(datasets) == 1 else 's'}", *brought))
+
+
+def _says_something(value: Value) -> bool:
+    """Whether there is anything in lists of lists."""
+    if isinstance(value, dict):
+        return any(_says_something(inner) for inner in value.values())
+    return value is not None
 
 
 def _bad(why: str) -> ProtocolError:

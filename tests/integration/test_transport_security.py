@@ -279,9 +279,9 @@ VERSION = Version("v", "g1", certificates.utc_now(), 1, size=0)
 REF = VERSION.ref
 
 
-def receive(volume: VolumeId, remote: RemoteEndpoint) -> object:
+def receive(volume: VolumeId, remote: RemoteEndpoint, origin: VolumeId | None = None) -> object:
     stream = ChunkStream(StreamKind.BLOCKS, iter(()))
-    return remote.receive(ReceiveRequest(volume, LINEAGE, None, VERSION, KEY), stream, Cancellation())
+    return remote.receive(ReceiveRequest(volume, LINEAGE, None, VERSION, KEY, origin=origin), stream, Cancellation())
 
 
 OWN = VolumeId("store", "two/vm")
@@ -292,6 +292,7 @@ READS = {
     "digests": lambda r, v: list(r.digests(DigestRequest(v, REF, KEY), Cancellation())),
     "hold": lambda r, v: r.hold(v, REF, "replicator:x"),
     "release": lambda r, v: r.release(v, REF, "replicator:x"),
+    "properties": lambda r, v: r.properties(v),
     "prune": lambda r, v: r.prune(PruneRequest(v, "job", "last=1", ())),
 }
 WRITES = {
@@ -299,6 +300,9 @@ WRITES = {
     "abort_receive": lambda r, v: r.abort_receive(v),
     "set_aside": lambda r, v: r.set_aside(v, "diverged-x"),
     "adopt": lambda r, v: r.adopt(v, LINEAGE),
+    "rename": lambda r, v: r.rename(v, VolumeId("store", "two/new")),
+    "rename to": lambda r, v: r.rename(OWN, v),
+    "receive on an origin": lambda r, v: receive(OWN, r, origin=v),
     "clone": lambda r, v: r.clone(v, REF, VolumeId("store", "two/new")),
     "clone into": lambda r, v: r.clone(OWN, REF, v),
 }

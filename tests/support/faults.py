@@ -17,7 +17,7 @@ from replicator.endpoint import (
     SendRequest,
     SnapshotRequest,
 )
-from replicator.model import Lineage, StorageInfo, Version, VersionRef, VolumeId, VolumeInfo, VolumeState
+from replicator.model import Lineage, Property, StorageInfo, Version, VersionRef, VolumeId, VolumeInfo, VolumeState
 from replicator.streams import Chunk, ChunkStream, Stream
 
 
@@ -158,6 +158,14 @@ class FaultyEndpoint:
         self._fail("adopt", Point.BEFORE)
         self._inner.adopt(volume, lineage)
         self._fail("adopt", Point.AFTER)
+
+    def rename(self, volume: VolumeId, new: VolumeId) -> None:
+        self._fail("rename", Point.BEFORE)
+        self._inner.rename(volume, new)
+        self._fail("rename", Point.AFTER)
+
+    def properties(self, volume: VolumeId) -> tuple[Property, ...]:
+        return self._inner.properties(volume)
 
     def prune(self, request: PruneRequest) -> tuple[PruneOutcome, ...]:
         self._fail("prune", Point.BEFORE)

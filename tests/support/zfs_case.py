@@ -12,6 +12,7 @@ from pathlib import Path
 
 from backends.zfs import ZfsBackend
 from backends.zfs.properties import PLACEHOLDER
+from backends.zfs.taking_over import Terms
 from replicator.model import Version, VersionKind, VersionRef
 from tests.support.cases import BackendCase
 
@@ -40,7 +41,10 @@ def device(dataset: str) -> Path:
 
 
 class ZfsCase(BackendCase):
-    """:class:`~backends.zfs.ZfsBackend` on a root of its own in the pool ``tank``; volumes are zvols."""
+    """:class:`~backends.zfs.ZfsBackend` on a root of its own in the pool ``tank``; volumes are zvols.
+
+    :ivar terms: on which it takes replicas, once it is reopened
+    """
 
     unit = _BLOCK
 
@@ -48,10 +52,11 @@ class ZfsCase(BackendCase):
         self.root = f"{POOL}/case-{os.getpid()}-{next(_NUMBERS)}"
         self.name = name
         zfs("create", "-o", "mountpoint=none", *create, self.root)
+        self.terms = Terms()
         self.backend = self._open()
 
     def _open(self) -> ZfsBackend:
-        return ZfsBackend(self.name, self.root, info_age=0.0)
+        return ZfsBackend(self.name, self.root, terms=self.terms, info_age=0.0)
 
     def close(self) -> None:
         """Destroy everything."""

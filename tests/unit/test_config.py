@@ -38,6 +38,7 @@ path = "/var/lib/images"
 address = "10.99.0.2:8571"
 """
 )
+ZFS = BASE + '[storage.x]\nkind = "zfs"\nroot = "x"\n'
 FULL = """
 [node]
 name = "prox1"
@@ -49,6 +50,9 @@ http = ""
 [storage.tank]
 kind = "zfs"
 root = "tank/vm"
+accept = "raw"
+override = {compression = "zstd", "com.example:x" = "y"}
+exclude = ["atime"]
 [storage.pool]
 kind = "rbd"
 pool = "rbd"
@@ -60,6 +64,7 @@ devices = {"vm-100" = "/dev/vg0/vm-100"}
 address = "10.99.0.2:8571"
 may_push_to = ["images"]
 may_pull_from = ["tank"]
+same_path = ["images"]
 keep = "last=5"
 [peer.prox3]
 address = "10.99.0.3"
@@ -74,6 +79,8 @@ rate_limit = "200MiB/s"
 verify = "sun 03:00"
 quiesce = {before = ["fsfreeze", "-f", "/srv"], after = ["fsfreeze", "-u", "/srv"], timeout = "5s"}
 intermediates = "all"
+foreign_snapshots = ["autosnap_*", "!*_hourly"]
+replica_path = "same"
 compress = "never"
 enabled = false
 [job.fetch]
@@ -109,12 +116,21 @@ def test_everything() -> None:
     assert read.node.state_dir == Path("/srv/replicator")
     assert read.network.cluster == ip_network("10.99.0.0/24")
     assert read.network.http is None
-    assert isinstance(read.storages["tank"], ZfsStorage)
+    tank = read.storages["tank"]
+    assert isinstance(tank, ZfsStorage)
+    assert (tank.accept, tank.override, tank.exclude) == (
+        "raw",
+        {"compression": "zstd", "com.example:x": "y"},
+        ("atime",),
+    )
     assert isinstance(read.storages["pool"], RbdStorage)
     images = read.storages["images"]
     assert isinstance(images, ImageStorage)
     assert (images.name, images.devices) == ("images", {"vm-100": Path("/dev/vg0/vm-100")})
-    assert read.peers["prox2"].may_push_to == ("images",)
+    assert read.peers["prox2"].may_push_to == read.peers["prox2"].same_path == ("images",)
+    assert [read.jobs["vms"].foreign_snapshots.matches(f"autosnap_1_{n}") for n in ("daily", "hourly")] == [True, False]
+    assert (read.jobs["vms"].replica_path, read.jobs["fetch"].replica_path) == ("same", "node")
+    assert not read.jobs["fetch"].foreign_snapshots.matches("x")
     assert read.peers["prox3"].address == Address.parse("10.99.0.3:8571")
     assert read.peer_at(Address.parse("10.99.0.3:8571")) is read.peers["prox3"]
     job = read.jobs["vms"]
@@ -212,7 +228,7 @@ JOB = '[job.vms]\nsource = "tank:*"\ntargets = ["prox2:backup"]\n'
         (BASE + '[storage.x]\nkind = "image"\npath = "x"', "storage.x.path", "not an absolute path", "'/'"),
         (BASE + '[storage.x]\nkind = "image"\npath = "/var/lib/images/x"', "storage.x", "overlaps", "its own"),
         (BASE + '[storage.x]\nkind = "zfs"\nroot = "tank/vm"', "storage.x", "is also tank/vm", "its own"),
-        (BASE + '[storage.x]\nkind = "zfs"\nroot = "x"\npool = "x"', "storage.x.pool", "unknown key", "kind, root"),
+        (BASE + '[storage.x]\nkind = "zfs"\nroot = "x"\npool = "x"', "storage.x.pool", "unknown key", "override, root"),
         (
             BASE + '[storage.x]\nkind = "image"\npath = "/x"\ndevices = {a = "/etc/passwd"}',
             "storage.x.devices.a",
@@ -224,6 +240,40 @@ JOB = '[job.vms]\nsource = "tank:*"\ntargets = ["prox2:backup"]\n'
             'storage.x.devices."../a"',
             "path component '..'",
             "below",
+        ),
+        (ZFS + 'accept = "some"', "storage.x.accept", "'some' is not allowed", '"raw"'),
+        (
+            ZFS + "override = {readonly = 'off'}",
+            "storage.x.override",
+            "a replica is always readonly=on",
+            "leave it out",
+        ),
+        (ZFS + "override = {canmount = 'on'}", "storage.x.override", "always canmount=noauto", "leave it out"),
+        (ZFS + "override = {'replicator:role' = 'x'}", "storage.x.override", "not a property to set", "compression"),
+        (ZFS + "override = {'-o' = 'x'}", "storage.x.override", "not a property to set", "compression"),
+        (ZFS + 'override = {atime = ""}', "storage.x.override", "no value that can be set", "as zfs set takes it"),
+        (ZFS + "override = {atime = 5}", "storage.x.override.atime", "is a whole number", "compression"),
+        (ZFS + 'exclude = ["recordsiz"]', "storage.x.exclude", "not taken over", "did you mean 'recordsize'?"),
+        (ZFS + 'exclude = ["mountpoint"]', "storage.x.exclude", "not taken over", "compression, recordsize"),
+        (BASE + JOB + 'foreign_snapshots = ["!x"]', "job.vms.foreign_snapshots", "selects no snapshots", "autosnap"),
+        (BASE + JOB + 'foreign_snapshots = "x"', "job.vms.foreign_snapshots", "must be a list", "autosnap"),
+        (BASE + JOB + "foreign_snapshots = [5]", "job.vms.foreign_snapshots", "texts in quotes", "autosnap"),
+        (BASE + JOB + 'foreign_snapshots = ["a["]', "job.vms.foreign_snapshots", "without ']'", "'[[]'"),
+        (BASE + JOB + 'replica_path = "x"', "job.vms.replica_path", "'x' is not allowed", '"same"'),
+        (
+            BASE + JOB.replace("prox2:backup", "tank") + 'replica_path = "same"',
+            "job.vms.replica_path",
+            "cannot have the name of its source",
+            "another storage",
+        ),
+        (BASE + 'same_path = ["images"]', "peer.prox2.same_path", "not in may_push_to", "too"),
+        (
+            BASE
+            + 'may_push_to = ["images"]\nsame_path = ["images"]\n'
+            + '[peer.prox3]\naddress = "10.99.0.3"\nmay_push_to = ["images"]',
+            "peer.prox2.same_path",
+            "'prox3' may push to 'images' too",
+            "of its own",
         ),
         # references
         (BASE + JOB.replace('"tank:*"', '"tnak:*"'), "job.vms.source", "no storage 'tnak'", "did you mean 'tank'?"),

@@ -141,7 +141,7 @@ class Replicating(RuleBasedStateMachine):
         state = memory.state(name)
         if state is not None and state.snapshots:
             version = data.draw(st.sampled_from(state.snapshots))
-            memory.rename(name, version.ref, f"renamed-{next(self.numbers)}")
+            memory.rename_snapshot(name, version.ref, f"renamed-{next(self.numbers)}")
             self.unsettle()
 
     @rule()
@@ -150,9 +150,9 @@ class Replicating(RuleBasedStateMachine):
         snapshots = self.source_state().snapshots
         for version in snapshots:
             if version.name == "latest":
-                self.memory.rename("vm", version.ref, f"former-{next(self.numbers)}")
+                self.memory.rename_snapshot("vm", version.ref, f"former-{next(self.numbers)}")
         if snapshots:
-            self.memory.rename("vm", snapshots[-1].ref, "latest")
+            self.memory.rename_snapshot("vm", snapshots[-1].ref, "latest")
             self.unsettle()
 
     @rule(data=st.data())

@@ -13,15 +13,29 @@ from replicator.conflicts import (
     MixedStreams,
     NoCommonBase,
     NotAReplica,
+    Recreated,
     Route,
     SourceIsReplica,
     SourceMissing,
     StaleEpoch,
 )
 from replicator.errors import ConflictError
-from replicator.model import Capability, Role, StorageInfo, StreamKind, VersionKind, VolumeState, cursor_name
+from replicator.model import (
+    Capability,
+    Origin,
+    Role,
+    StorageInfo,
+    StreamKind,
+    Version,
+    VersionKind,
+    VolumeId,
+    VolumeState,
+    cursor_name,
+)
 from replicator.names import check_snapshot
 from replicator.planning import (
+    CloneBase,
+    Common,
     Intermediates,
     Plan,
     SendPolicy,
@@ -50,6 +64,7 @@ T = TypeVar("T", bound=Conflict)
 ALL = SendPolicy()
 NEWEST = SendPolicy(Intermediates.NEWEST)
 BATCHES = replace(ROUTE, batches=True)
+NATIVE = replace(ROUTE, source_stream=StreamKind.NATIVE, target_stream=StreamKind.NATIVE)
 
 
 def planned(
@@ -390,14 +405,45 @@ def test_a_volume_that_replication_never_made() -> None:
     assert "never made by replication" in conflict(NotAReplica, source_state(snap(1)), target).message
 
 
-def test_a_replica_of_something_else() -> None:
-    found = conflict(NotAReplica, source_state(snap(1)), target_state(snap(1), lineage=OTHER_LINEAGE))
-    assert found.volume == TARGET
+def test_a_volume_that_was_made_anew() -> None:
+    found = conflict(Recreated, source_state(snap(1)), target_state(snap(7), snap(8), lineage=OTHER_LINEAGE))
+    assert (found.volume, found.lineage, found.newest, found.common) == (TARGET, OTHER_LINEAGE, snap(8), None)
     assert OTHER_LINEAGE in found.message
+    assert snap(8).name in found.message
+    assert "destroyed and made anew" in found.message
+    assert "asks first" in found.hint
+    native = conflict(
+        Recreated,
+        source_state(snap(1)),
+        target_state(snap(7), lineage=OTHER_LINEAGE),
+        source_stream=StreamKind.NATIVE,
+        target_stream=StreamKind.NATIVE,
+    )
+    assert "prox1/vm-100-diverged-<time>" in native.hint
+    assert "costs, and asks" in native.hint
+    empty = conflict(Recreated, source_state(snap(1)), target_state(lineage=OTHER_LINEAGE))
+    assert "without a snapshot" in empty.message
 
 
-def test_a_replica_whose_source_was_never_replicated() -> None:
-    conflict(NotAReplica, replace(source_state(snap(1)), lineage=None), target_state(snap(1)))
+def test_a_volume_that_was_brought_back_from_a_copy() -> None:
+    """Its lineage is new, and its snapshots are not: nothing need be sent in full."""
+    for source in (source_state(snap(1), snap(2)), replace(source_state(snap(1), snap(2)), lineage=None)):
+        found = conflict(Recreated, source, target_state(snap(1), lineage=OTHER_LINEAGE))
+        assert found.common == snap(1)
+        assert "without sending all" in found.hint
+
+
+def test_a_volume_that_took_the_name_of_another() -> None:
+    found = conflict(Recreated, source_state(snap(1)), target_state(snap(7), lineage=OTHER_LINEAGE))
+    found = replace(found, elsewhere=VolumeId("backup", "prox1/vm-9"))
+    assert "backup:prox1/vm-9" in found.message
+    assert "rename backup:prox1/vm-100" in found.hint
+
+
+def test_a_primary_of_another_lineage_is_no_replica() -> None:
+    target = target_state(snap(1), lineage=OTHER_LINEAGE, role=Role.PRIMARY)
+    found = conflict(NotAReplica, source_state(snap(1)), target)
+    assert OTHER_LINEAGE in found.message
 
 
 def test_a_target_that_is_a_primary_itself() -> None:
@@ -430,6 +476,7 @@ def test_every_conflict_becomes_an_error_with_its_kind_and_a_way_out() -> None:
         SourceIsReplica(ROUTE, 1),
         MixedStreams(ROUTE),
         NotAReplica(ROUTE, TARGET, "why"),
+        Recreated(ROUTE, TARGET, OTHER_LINEAGE, snap(1), None),
         StaleEpoch(ROUTE, 1, 2),
         Diverged(ROUTE, snap(1), (snap(2),), True),
         NoCommonBase(ROUTE, (snap(1),), (snap(2),)),
@@ -443,6 +490,62 @@ def test_every_conflict_becomes_an_error_with_its_kind_and_a_way_out() -> None:
         assert "tank:vm-100" in error.message
         assert error.hint
         assert not error.message.endswith(".")
+
+
+# -- clones
+
+ORIGIN = Origin(VolumeId("tank", "template"), "base")
+BASE = snap(1, name="base")
+CLONE = CloneBase(ORIGIN.volume, VolumeId("backup", "prox1/template"), Common(BASE, replace(BASE, name="there")))
+
+
+def test_a_clone_is_sent_as_the_difference_to_its_origin() -> None:
+    source = replace(source_state(snap(5), snap(6), snap(7)), origin=ORIGIN)
+    found = plan(source, None, SendPolicy(), replace(NATIVE, batches=True), CLONE)
+    assert isinstance(found, Plan)
+    assert [(s.base, s.target_base, s.to, s.clone) for s in found.steps] == [
+        (BASE, CLONE.common.target, snap(5), CLONE),
+        (snap(5), snap(5), snap(7), None),
+    ]
+    assert "only the difference" in found.notes[0]
+    assert holds_for(found.steps[0], TAG).target == ()
+    assert found.common is None
+    later = plan(source, target_state(snap(5)), SendPolicy(), NATIVE, CLONE)
+    assert isinstance(later, Plan)
+    assert [s.clone for s in later.steps] == [None, None]
+    assert later.notes == ()
+
+
+def test_a_volume_whose_snapshots_went_to_its_clone() -> None:
+    """What zfs promote of a clone leaves: a clone of it, with only what is younger."""
+    source = replace(source_state(snap(5)), origin=ORIGIN)
+    found = plan(source, target_state(snap(1), snap(2)), SendPolicy(), NATIVE)
+    assert isinstance(found, NoCommonBase)
+    assert "a clone of tank:template@base now" in found.message
+    assert "zfs promote" in found.hint
+    assert "resync" in found.hint
+
+
+def test_a_clone_whose_origin_the_target_does_not_have_is_sent_in_full() -> None:
+    found = plan(replace(source_state(snap(5)), origin=ORIGIN), None, SendPolicy(), NATIVE)
+    assert isinstance(found, Plan)
+    assert [(s.base, s.clone) for s in found.steps] == [(None, None)]
+    assert "tank:template@base" in found.notes[0]
+    assert "in full" in found.notes[0]
+
+
+@pytest.mark.parametrize("base", [BASE, None])
+def test_a_half_received_clone_is_continued_as_it_began(base: Version | None) -> None:
+    source = replace(source_state(snap(5), snap(6)), origin=ORIGIN)
+    resume = replace(partial(snap(5), base), kind=StreamKind.NATIVE)
+    found = plan(source, target_state(resume=resume), SendPolicy(), NATIVE, CLONE)
+    assert isinstance(found, Plan)
+    assert not found.abort_partial
+    assert found.steps[0].resume == resume
+    assert (found.steps[0].base, found.steps[0].clone) == ((BASE, CLONE) if base else (None, None))
+    gone = plan(source, target_state(resume=resume), SendPolicy(), NATIVE)
+    assert isinstance(gone, Plan)
+    assert gone.abort_partial == (base is not None)
 
 
 # -- protection

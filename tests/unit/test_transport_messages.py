@@ -26,6 +26,8 @@ from replicator.errors import InvalidName, ProtocolError, ReplicatorError
 from replicator.model import (
     Capability,
     Lineage,
+    Origin,
+    Property,
     ResumeState,
     Role,
     StorageInfo,
@@ -55,6 +57,7 @@ RESUME = ResumeState(StreamKind.NATIVE, "guid-1", "v1", None, 5, "token")
 RECEIVE = ReceiveRequest(
     VOLUME, LINEAGE, VERSION.ref, VERSION, KEY, ReceiveMode.REBUILD, StreamKind.NATIVE, "tag", RESUME, "diverged-x"
 )
+ORIGIN = Origin(VOLUME, "v1")
 REQUESTS: list[Request] = [
     messages.Storages(),
     messages.Storage("tank"),
@@ -76,6 +79,9 @@ REQUESTS: list[Request] = [
     messages.Clone(VOLUME, VERSION.ref, VOLUME),
     messages.GetCrl(),
     messages.Renew("csr"),
+    messages.Rename(VOLUME, VolumeId("tank", "new")),
+    messages.Properties(VOLUME),
+    messages.Receive(replace(RECEIVE, origin=VOLUME, properties=(Property("compression", "lz4"),)), None),
 ]
 
 
@@ -97,7 +103,9 @@ def test_every_request_has_a_sample_and_an_answer() -> None:
             tuple[StorageInfo, ...],
             (StorageInfo("t", "zfs", StreamKind.NATIVE, Capability.SEND | Capability.CLONE, 2, 1, "d", ("w",)),),
         ),
-        (tuple[VolumeInfo, ...], (VolumeInfo(VOLUME, None, LINEAGE), VolumeInfo(VOLUME, 3, None))),
+        (tuple[VolumeInfo, ...], (VolumeInfo(VOLUME, None, LINEAGE), VolumeInfo(VOLUME, 3, None, ORIGIN))),
+        (VolumeState | None, VolumeState(VOLUME, None, (), None, origin=ORIGIN)),
+        (tuple[Property, ...], (Property("compression", "lz4"),)),
         (
             VolumeState | None,
             VolumeState(VOLUME, 5, (VERSION, replace(VERSION, kind=VersionKind.BOOKMARK)), LINEAGE, RESUME),
@@ -163,6 +171,12 @@ RECEIVING, SENDING, RANGED = REQUESTS[11], REQUESTS[9], REQUESTS[10]
         (REQUESTS[16], "request.job", "../job"),
         (REQUESTS[16], "request.protect", ["../g"]),
         (REQUESTS[19], "csr", "x" * 10000),
+        (REQUESTS[20], "new.name", "../x"),
+        (REQUESTS[22], "request.origin.name", "a@b"),
+        (REQUESTS[22], "request.properties", [{"name": "a b", "value": "c"}]),
+        (REQUESTS[22], "request.properties", [{"name": "-o", "value": "c"}]),
+        (REQUESTS[22], "request.properties", [{"name": "a", "value": "c" * 5000}]),
+        (REQUESTS[22], "request.properties", [{"name": "a", "value": "c"}] * 65),
     ],
 )
 def test_what_is_out_of_range_is_refused(request_: Request, path: str, value: object) -> None:

@@ -107,10 +107,17 @@ def test_a_head_says_what_the_stream_is(order: str) -> None:
 
 def test_a_package_says_what_is_in_it() -> None:
     head = read_head(make_head(1, payload=b""))
-    assert (head.compound, head.datasets, head.with_properties) == (True, 1, False)
-    more = package({"name": "a"}, {"name": "b", "props": {"mountpoint": "/"}})
-    head = read_head(make_head(1, payload=more))
-    assert (head.datasets, head.with_properties) == (2, True)
+    assert (head.compound, head.contents, head.redacted, head.holds) == (True, "", False, False)
+    for listed, contents in (
+        ([{"name": "a"}, {"name": "b", "props": {"mountpoint": "/"}}], "2 datasets and props"),
+        ([{"name": "a", "snapholds": {"one": {"tag": 1}}}], "1 dataset and snapholds"),
+        ([{"name": "a", "snapprops": {"one": {"a:b": "c"}}}], "1 dataset and snapprops"),
+        ([{"name": "a", "props": {}, "snapprops": {"one": {}}}], ""),
+    ):
+        assert read_head(make_head(1, payload=package(*listed))).contents == contents
+    assert read_head(make_head(1, features=1 << 19)).redacted
+    assert read_head(make_head(1, features=1 << 26)).holds
+    assert read_head(make_head(1, payload=b"", features=1 << 26)).holds
     with pytest.raises(ProtocolError):
         head_size(make_head(1)[:4] + b"\xff\xff\xff\xff" + make_head(1)[8:])
 

@@ -1,0 +1,108 @@
+"""Datasets without data that only hold others, and how they give way to the replica that they stand for.
+
+A replica may arrive below a place where its parent is not: then the parent is a placeholder. When the parent itself
+arrives later, it is received beside the placeholder and takes its place once it is complete::
+
+    prox1/top                        (placeholder)        prox1/top    <- received
+    prox1/top/below                                  ->   prox1/top/below
+    prox1/top.replicator-arriving    <- being received
+
+So nothing is ever received with ``-F``, an encrypted parent can follow its children (ZFS does not receive that over an
+unencrypted dataset), and the datasets below keep their names meanwhile. The last part is three kinds of commands: each
+dataset below is moved under what arrived, the placeholder is destroyed, what arrived gets the name. A power cut between
+two of them leaves what :func:`settle` completes.
+"""
+
+from __future__ import annotations
+
+from backends.zfs import properties
+from backends.zfs.commands import CHANGE_DEADLINE
+from backends.zfs.context import Context
+from backends.zfs.failures import Operation, failure, is_missing
+from backends.zfs.listing import Dataset
+from backends.zfs.naming import MAX_DATASET
+from replicator.errors import InvalidName, NotAReplica, ReplicatorError
+from replicator.units import format_size
+
+ARRIVING = "replicator-arriving"
+"""What the name of a replica ends with while it is received beside its placeholder."""
+MAX_EMPTY = 1 << 20
+"""Bytes that a filesystem without files may have (about 100 KiB with three copies of its metadata)."""
+
+
+def arrival_of(dataset: str) -> str:
+    """Where the replica arrives that ``dataset`` stands for. :raises InvalidName: the name is too long for that"""
+    name = f"{dataset}.{ARRIVING}"
+    if len(name) > MAX_DATASET:
+        raise InvalidName(f"{dataset} has too long a name to be received beside its placeholder", hint="rename it")
+    return name
+
+
+def is_arrival(volume: str) -> bool:
+    """Whether this is the name of something that arrives, or below one."""
+    return any(part.endswith(f".{ARRIVING}") for part in volume.split("/"))
+
+
+def make_placeholder(context: Context, dataset: str, stands_for: str) -> None:
+    """A filesystem without data that only holds others."""
+    settings = ("canmount=off", "mountpoint=none", f"{properties.PLACEHOLDER}={stands_for}")
+    options = [word for setting in settings for word in ("-o", setting)]
+    context.change("zfs", "create", "-u", *options, dataset, dataset=dataset, doing="making the placeholder")
+
+
+def make_parents(context: Context, dataset: str) -> None:
+    """Make the datasets above this one that are missing, as placeholders."""
+    root = context.names.root
+    place = root
+    missing = False
+    for part in dataset.removeprefix(root + "/").split("/")[:-1]:
+        place = f"{place}/{part}"
+        missing = missing or context.listing.quick(place) is None
+        if missing:
+            try:
+                make_placeholder(context, place, place)
+            except ReplicatorError:  # another receive may have been faster
+                if context.listing.quick(place) is None:
+                    raise
+
+
+def settle(context: Context, dataset: str) -> Dataset | None:
+    """Put what has arrived completely in its place; what is still arriving, None if nothing is."""
+    with context.moving:
+        arrival = context.listing.dataset(arrival_of(dataset))
+        if arrival is None:
+            return None
+        there = context.listing.dataset(dataset)
+        if there is not None and (not arrival.snapshots or not there.is_placeholder):
+            return arrival if there.is_placeholder else None
+        if there is not None:
+            replace(context, there, arrival.name)
+        else:
+            move(context, arrival.name, dataset)
+        return None
+
+
+def replace(context: Context, placeholder: Dataset, by: str) -> None:
+    """Give a placeholder's name, and all that is below it, to another dataset.
+
+    :raises NotAReplica: somebody keeps data in it, or has snapshots of it
+    """
+    if placeholder.written > MAX_EMPTY or placeholder.snapshots:
+        raise NotAReplica(
+            f"{placeholder.name} is a placeholder of ours, and somebody uses it: it has "
+            f"{format_size(placeholder.written)} of data and {len(placeholder.snapshots)} snapshots",
+            hint=f"move that elsewhere, or keep it under another name: zfs rename {placeholder.name} NEW",
+        )
+    with context.moving:
+        for child in placeholder.children:
+            move(context, child, by + child.removeprefix(placeholder.name))
+        context.change("zfs", "destroy", placeholder.name, dataset=placeholder.name, doing="removing the placeholder")
+        move(context, by, placeholder.name)
+
+
+def move(context: Context, old: str, new: str) -> None:
+    """Rename a dataset; nothing happens if that is done already."""
+    done = context.runner.run(("zfs", "rename", old, new), CHANGE_DEADLINE)
+    if done.status == 0 or (is_missing(done) and context.listing.quick(new) is not None):
+        return
+    raise failure(done, Operation(context.storage, old, "renaming"))
