@@ -81,8 +81,26 @@ class PeerStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Orphan:
+    """A replica whose source is gone.
+
+    :ivar volume: the source as it was: ``STORAGE:NAME``
+    :ivar target: ``NODE:STORAGE``
+    :ivar replica: ``STORAGE:NAME`` on that node
+    """
+
+    job: str
+    volume: str
+    target: str
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
-    """``status``: this node, its peers, its replicas. ``daemon``: whether one runs (else nothing is scheduled)."""
+    """``status``: this node, its peers, its replicas. ``daemon``: whether one runs (else nothing is scheduled).
+
+    :ivar orphans: replicas that are kept although their sources are gone
+    """
 
     node: str
     version: str
@@ -90,6 +108,7 @@ class Status:
     now: datetime
     replicas: tuple[ReplicaStatus, ...]
     peers: tuple[PeerStatus, ...] = ()
+    orphans: tuple[Orphan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ tasks that a request means, calls them, and says what came of it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Protocol
@@ -20,6 +20,7 @@ from replicator.control import (
     Finding,
     HistoryEntry,
     Listener,
+    Orphan,
     PeerStatus,
     PlannedReplica,
     PlannedStep,
@@ -40,6 +41,7 @@ from replicator.model import (
     VolumeId,
     snapshot_name,
 )
+from replicator.orphans import find_orphans
 from replicator.restoring import Place, restore
 from replicator.runs import Network, Runner, Survey, Task
 from replicator.settings import Job
@@ -108,6 +110,7 @@ class Engine:
         self._daemon = daemon
         self._check = check
         self._clock = clock
+        self._orphans: dict[str, tuple[Orphan, ...]] = {}
 
     # -- finding what a request means
 
@@ -149,10 +152,25 @@ class Engine:
                     if replica.key.job == job.name:
                         self._tracker.problem(replica.key, "failed", str(error), error.hint)
                 continue
+            self._look_for_orphans(job, tasks)
             for task in tasks:
                 if not self._tracker.get(task.key).last_run:
                     self._tracker.recall(task.key, **self._memory.recall(task.key))
                 self._runner.survey(task)
+
+    def _look_for_orphans(self, job: Job, tasks: Sequence[Task]) -> None:
+        """Replicas whose sources are gone. Of a target that does not answer, what was known stays."""
+        present = frozenset(task.pair.source_volume for task in tasks)
+        known = self._orphans.get(job.name, ())
+        found: list[Orphan] = []
+        for target in job.targets:
+            try:
+                listed = self._nodes.endpoint(target.node, job).volumes(target.storage)
+            except ReplicatorError:
+                found += [orphan for orphan in known if orphan.target == str(target)]
+            else:
+                found += find_orphans(job, target, present, listed)
+        self._orphans[job.name] = tuple(found)
 
     def status(self) -> Status:
         """See Control."""
@@ -165,6 +183,7 @@ class Engine:
             self._clock(),
             tuple(self._row(replica) for replica in self._tracker.all()),
             self._nodes.peers(probe=False),
+            tuple(orphan for name in sorted(self._orphans) for orphan in self._orphans[name]),
         )
 
     def _row(self, replica: Replica) -> ReplicaStatus:
@@ -254,7 +273,13 @@ class Engine:
         self, job: str, volume: str | None, target: str | None, listen: Listener, cancel: Cancellation
     ) -> tuple[RunReport, ...]:
         """See Control."""
-        return self._runner.run(self._job(job), volume, target, listen, cancel)
+        item = self._job(job)
+        before = {replica.key for replica in self._tracker.all() if replica.key.job == job}
+        reports = self._runner.run(item, volume, target, listen, cancel)
+        if self._orphans.get(job) or before - {replica.key for replica in self._tracker.all()}:
+            with suppress(ReplicatorError):
+                self._look_for_orphans(item, self._runner.tasks(item))
+        return reports
 
     def job_failed(self, job: str, error: ReplicatorError) -> None:
         """A whole run failed before its tasks were known: every replica of the job is shown as failed."""

@@ -13,7 +13,7 @@ from replicator.errors import NoSuchSnapshot
 from replicator.model import Capability, Progress, Role, StreamKind, Version, VolumeState
 from replicator.planning import newest_common
 from replicator.rejoining import rejoin
-from replicator.replication import Observer, Replication
+from replicator.replication import Observer, Replication, find_replica
 from replicator.runs import Runner, Task
 from replicator.tracker import describe_mismatch
 from replicator.units import format_size
@@ -42,7 +42,14 @@ class Mender:
         pair = task.pair
         where = f"{pair.target.node}/{pair.target_volume}"
         yield f"a new snapshot of {task.key.volume} is taken, and the replica is made equal to it"
+        there = pair.target.storage(pair.target_volume.storage)
         state = pair.target.state(pair.target_volume)
+        if state is None and Capability.RENAME in there.capabilities:
+            source = pair.source.state(pair.source_volume)
+            renamed = find_replica(pair, source.lineage) if source is not None else None
+            if renamed is not None:
+                yield f"the source was renamed: its replica {renamed} becomes {where}, and what changed since is sent"
+                return
         if state is None or not (state.versions or state.head_changed):
             yield f"{where} has nothing yet: everything is sent{_cost(task)}"
             return

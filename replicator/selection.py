@@ -213,7 +213,8 @@ class SnapshotPatterns:
         return any(glob.matches(name) for glob in self.include) and not any(glob.matches(name) for glob in self.exclude)
 
 
-def _covers(patterns: Sequence[Pattern], storage: str, name: str) -> bool:
+def covers(patterns: Sequence[Pattern], storage: str, name: str) -> bool:
+    """Whether the patterns mean a volume of that name in that storage."""
     chosen = False
     for pattern in patterns:
         if pattern.storage in (None, storage) and pattern.glob.matches(name):
@@ -232,7 +233,7 @@ def select(patterns: Sequence[Pattern], volumes: Iterable[VolumeInfo]) -> list[V
         volume
         for volume in volumes
         if (volume.lineage is None or volume.lineage.role is not Role.REPLICA)
-        and _covers(patterns, volume.id.storage, volume.id.name)
+        and covers(patterns, volume.id.storage, volume.id.name)
     ]
     return sorted(chosen, key=lambda volume: volume.id)
 

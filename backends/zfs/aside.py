@@ -42,8 +42,8 @@ def look(context: Context, volume: str) -> Dataset | None:
                 found = context.look(volume)
             place = place.rpartition("/")[0]
     elif found.is_placeholder:
-        arriving = placeholders.settle(context, found.name)
-        found = arriving or context.look(volume)
+        arriving, moved = placeholders.settle(context, found.name)
+        found = context.look(volume) if moved else arriving or found
     elif found.is_leaving:
         with context.moving:
             if not finish(context, found.name):
@@ -57,10 +57,7 @@ def look(context: Context, volume: str) -> Dataset | None:
 def _complete(context: Context, dataset: str) -> bool:
     """Whether something was on its way to that name, and is there now."""
     with context.moving:
-        if finish(context, dataset):
-            return True
-        placeholders.settle(context, dataset)
-        return context.listing.quick(dataset) is not None
+        return finish(context, dataset) or placeholders.settle(context, dataset)[1]
 
 
 def detach(context: Context, dataset: Dataset, base: Version | None, name: str) -> str:

@@ -66,20 +66,25 @@ def make_parents(context: Context, dataset: str) -> None:
                     raise
 
 
-def settle(context: Context, dataset: str) -> Dataset | None:
-    """Put what has arrived completely in its place; what is still arriving, None if nothing is."""
+def settle(context: Context, dataset: str) -> tuple[Dataset | None, bool]:
+    """Put what has arrived completely in its place.
+
+    :return: what is still arriving, None if nothing is; and whether something was moved
+    """
     with context.moving:
         arrival = context.listing.dataset(arrival_of(dataset))
         if arrival is None:
-            return None
+            return None, False
         there = context.listing.dataset(dataset)
-        if there is not None and (not arrival.snapshots or not there.is_placeholder):
-            return arrival if there.is_placeholder else None
-        if there is not None:
-            replace(context, there, arrival.name)
-        else:
+        if there is None:
             move(context, arrival.name, dataset)
-        return None
+        elif not there.is_placeholder:  # somebody has the name: it is for people to see
+            return None, False
+        elif not arrival.snapshots:
+            return arrival, False
+        else:
+            replace(context, there, arrival.name)
+        return None, True
 
 
 def replace(context: Context, placeholder: Dataset, by: str) -> None:

@@ -265,10 +265,17 @@ def status_view(status: Status, *, width: int) -> RenderableType:
     lines = problems((f"{row.volume} → {row.target}", row.message, row.hint) for row in waiting)
     told = {row.message for row in waiting}
     lines += [_away(peer, told) for peer in status.peers if not peer.up]
+    lines += problems(
+        (f"{orphan.replica} on {orphan.target.partition(':')[0]}", GONE, KEPT) for orphan in status.orphans
+    )
     if lines:
         parts += [*lines, Text()]
     parts.append(_sentence(status))
     return Group(*parts)
+
+
+GONE = "its source is gone; the replica is kept"
+KEPT = "`replicator restore` brings a snapshot of it back as a volume; when it is not needed, remove it by hand there"
 
 
 def _away(peer: PeerStatus, told: set[str]) -> Text:

@@ -156,7 +156,7 @@ def test_a_placeholder_that_somebody_uses_is_not_removed(case: ZfsCase) -> None:
         case.backend.set_lineage(volume, lineage)
     arrive(case, "top/below", take(case, "one", "top/below"))
     mount = Path("/mnt", case.root)
-    zfs("set", f"mountpoint={mount}", "canmount=on", case.dataset(TOP.name))
+    zfs("set", f"mountpoint={mount}", "canmount=noauto", case.dataset(TOP.name))
     zfs("mount", case.dataset(TOP.name))
     (mount / "own").write_bytes(os.urandom(3 << 20))
     zfs("umount", case.dataset(TOP.name))

@@ -15,7 +15,7 @@ import pytest
 from replicator import config
 from replicator.assembly import open_engine
 from replicator.cancellation import Cancellation
-from replicator.control import PlannedReplica, RunReport
+from replicator.control import Orphan, PlannedReplica, RunReport
 from tests.support.zfs_case import POOL, device, zfs
 
 pytestmark = pytest.mark.tier("zfs")
@@ -63,6 +63,10 @@ class World:
     def plan(self) -> dict[str, PlannedReplica]:
         with open_engine(self._config) as engine:
             return {item.volume.removeprefix("tank:"): item for item in engine.plan("all")}
+
+    def orphans(self) -> tuple[Orphan, ...]:
+        with open_engine(self._config) as engine:
+            return engine.status().orphans
 
     def resync(self, volume: str) -> tuple[str, ...]:
         """Resync, and what it said beforehand."""
@@ -171,6 +175,7 @@ def test_volumes_appear_change_their_size_and_go(world: World) -> None:
     world.zvol("three")
     assert set(world.sync_well()) == {"one", "three"}
     assert world.replicas() == ["one", "three", "two"]
+    assert [orphan.replica for orphan in world.orphans()] == ["backup:prox1/two"]
     assert zfs("get", "-Hpo", "value", "volsize", f"{world.target}/one").strip() == str(2 * SIZE)
     zfs("set", f"volsize={SIZE // 2}", f"{world.source}/one")
     world.sync_well()

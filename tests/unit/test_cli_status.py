@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.cells import cell_len
 
 from replicator.cli import tables
 from replicator.cli.output import DONE, FAILED, MISSED, USAGE, safe
-from replicator.control import PeerStatus, ReplicaStatus, State, Status
+from replicator.control import Orphan, PeerStatus, ReplicaStatus, State, Status
 from replicator.errors import DaemonUnreachable
 from replicator.model import Progress
 from replicator.web.messages import STATUS
@@ -75,6 +76,15 @@ def test_one_line_a_replica_where_there_is_room(terminal: Terminal) -> None:
     assert " 12 " in lines[2]
     assert lines[3].startswith("prox2/tank:databases/accounting-primary-2026  ")
     assert "never synced" in lines[3]
+
+
+def test_replicas_whose_sources_are_gone(terminal: Terminal) -> None:
+    orphan = Orphan("vms", "images:old", "prox2:backup", "backup:prox1/old")
+    terminal.control.answers["status"] = replace(status(row()), orphans=(orphan,))
+    shown = " ".join(" ".join(terminal.lines("status")).split())
+    assert "backup:prox1/old on prox2: its source is gone; the replica is kept" in shown
+    assert "remove it by hand" in shown
+    assert terminal.run("status").exit_code == DONE
 
 
 @pytest.mark.parametrize("columns", [80, 100, 120, 160])

@@ -11,9 +11,11 @@ import pytest
 from backends.memory import CAPABILITIES, MemoryBackend
 from replicator.cancellation import Cancellation
 from replicator.conflicts import Recreated
+from replicator.control import Orphan
 from replicator.endpoint import Endpoint, PruneRequest, ReceiveRequest, SendRequest, SnapshotRequest
 from replicator.errors import ConflictError, NotAReplica, SnapshotHeld, StaleEpoch, Unsupported
 from replicator.local import LocalEndpoint
+from replicator.mending import Mender
 from replicator.model import (
     Capability,
     Lineage,
@@ -25,15 +27,18 @@ from replicator.model import (
     Version,
     VersionRef,
     VolumeId,
+    VolumeInfo,
     VolumeState,
     clone_tag,
     hold_tag,
     replica_volume,
 )
+from replicator.orphans import find_orphans
 from replicator.planning import Intermediates, Plan, SendPolicy
 from replicator.replication import Options, Outcome, Pair, Replication
 from replicator.runs import Task, ready_tasks
 from replicator.selection import SnapshotPatterns
+from replicator.settings import Job
 from replicator.streams import Chunk, ChunkStream, NativeChunk, Stream
 from replicator.tracker import ReplicaKey
 from tests.support.blocks import pattern
@@ -214,10 +219,15 @@ class Side:
         self.asked: list[tuple[str, VolumeId, str]] = []
         self.received: list[ReceiveRequest] = []
         self.error: Exception | None = None
+        self.size: int | None = None
+        self.free = 0
+
+    def estimate(self, _volume: VolumeId, _base: VersionRef | None, _to: VersionRef) -> int | None:
+        return self.size
 
     def storage(self, name: str) -> StorageInfo:
         able = Capability.SEND | Capability.RECEIVE | Capability.ORIGINS | Capability.PROPERTIES
-        return StorageInfo(name, "zfs", StreamKind.NATIVE, able, 0, 0, "")
+        return StorageInfo(name, "zfs", StreamKind.NATIVE, able, 0, self.free, "")
 
     def volumes(self, _storage: str) -> tuple[object, ...]:
         return ()
@@ -427,3 +437,60 @@ def test_the_origin_of_a_clone_is_no_failure_of_pruning(world: World) -> None:
     outcomes = world.here.prune(PruneRequest(VolumeId(TANK, "vm"), "vms", "last=1", ()))
     told = next(o for o in outcomes if "clone" in o.reason)
     assert (told.kept, told.error) == (True, "")
+
+
+# -- sources that are gone
+
+
+def listed(name: str, role: Role | None = Role.REPLICA) -> VolumeInfo:
+    return VolumeInfo(VolumeId("backup", name), None, Lineage(LINEAGE, role, 1) if role else None)
+
+
+@pytest.mark.parametrize("path", ["node", "same"])
+def test_replicas_without_a_source_are_shown(path: str) -> None:
+    table = {
+        "name": "vms", "source": {"volumes": ["tank:*", "!*-swap"]}, "targets": ["prox2:backup"],
+        "replica_path": path,
+    }  # fmt: skip
+    job = Job.model_validate(table, context={"node": "prox1"})
+    place = "" if path == "same" else "prox1/"
+    volumes = [
+        listed(f"{place}vm"),
+        listed(f"{place}gone"),
+        listed(f"{place}gone-swap"),
+        listed(f"{place}gone-diverged-20261120T081710.123Z"),
+        listed(f"{place}own", None),
+        listed(f"{place}primary", Role.PRIMARY),
+    ]
+    volumes += [listed("prox3/other")] if place else []
+    found = find_orphans(job, job.targets[0], frozenset({VolumeId(TANK, "vm")}), volumes)
+    assert found == (Orphan("vms", "tank:gone", "prox2:backup", f"backup:{place}gone"),)
+
+
+# -- what a resync says beforehand
+
+
+def effects(pair: Pair) -> list[str]:
+    item = Task(cast("object", None), ReplicaKey("vms", str(pair.source_volume), "prox2:backup"), pair, "prox2")  # type: ignore[arg-type]
+    return list(Mender(cast("object", None), cast("object", None)).effects(item))  # type: ignore[arg-type]
+
+
+def test_a_resync_says_what_sending_everything_takes() -> None:
+    source, target, replication = cloned(VolumeState(COPY, None, (snap(8),), Lineage(OTHER_LINEAGE, Role.REPLICA, 1)))
+    pair = replication._pair
+    source.size, target.free = 5 << 30, 7 << 30
+    told = effects(pair)
+    assert any("everything is sent anew (about 5.00 GiB; 7.00 GiB are free there)" in line for line in told), told
+    assert any("backup:prox1/clone-diverged-<time>" in line for line in told)
+    target.free = 3 << 30
+    assert any("3.00 GiB are free there, which is too little" in line for line in effects(pair))
+    source.size = None
+    assert any("(3.00 GiB are free there)" in line for line in effects(pair))
+    del target.states[COPY]
+    assert any("has nothing yet: everything is sent (3.00 GiB" in line for line in effects(pair))
+
+
+def test_a_resync_of_a_renamed_volume_says_so(world: World) -> None:
+    world.source.rename("vm", "new")
+    told = effects(world.pair("new"))
+    assert "the source was renamed: its replica backup:prox1/vm becomes prox2/backup:prox1/new" in told[-1]
