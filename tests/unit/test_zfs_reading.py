@@ -258,7 +258,7 @@ WORDS: list[tuple[str, type[ReplicatorError]]] = [
     ("cannot create snapshot 'tank/vm/a@one': dataset already exists", SnapshotExists),
     ("cannot destroy snapshot tank/vm/a@one: it's being held. Run 'zfs holds -r tank/vm/a@one' to see holders.",
      SnapshotHeld),
-    ("cannot destroy 'tank/vm/a@one': snapshot has dependent clones\nuse '-R' to destroy them", VolumeBusy),
+    ("cannot destroy 'tank/vm/a@one': snapshot has dependent clones\nuse '-R' to destroy them", SnapshotHeld),
     ("cannot destroy 'tank/vm/a': dataset is busy", VolumeBusy),
     ("cannot send 'tank/vm/a@one': permission denied", StorageError),
     ("The ZFS modules are not loaded.\nTry running '/sbin/modprobe zfs' as root to load them.", StorageUnavailable),
