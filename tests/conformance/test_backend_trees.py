@@ -324,7 +324,7 @@ def foreign(case: ZfsCase, command: str) -> Stream:
     return ChunkStream(StreamKind.NATIVE, chunks())
 
 
-@pytest.mark.parametrize("options", ["-p", "-R", "-Rw", "-hp", "-b"])
+@pytest.mark.parametrize("options", ["-p", "-R", "-Rw", "-hp"])
 def test_packages_with_properties_are_refused(case: ZfsCase, options: str) -> None:
     one, two = make(case, "one", "two")
     vm = case.dataset("vm")
@@ -353,6 +353,15 @@ def test_a_redacted_stream_is_refused(case: ZfsCase) -> None:
     with pytest.raises(ProtocolError, match="redacted"):
         receive(case, asked(None, one), foreign(case, f"zfs send --redact mark {vm}@one"))
     assert case.backend.state(REPLICA.name) is None
+
+
+def test_large_blocks_are_no_redaction(case: ZfsCase) -> None:
+    mount = case.create_filesystem("vm")
+    zfs("set", "recordsize=1M", case.dataset("vm"))
+    case.backend.set_lineage("vm", PRIMARY)
+    (mount / "large").write_bytes(DATA)
+    one = take(case, "one")
+    assert replicate(case, None, one).guid == one.guid
 
 
 def test_properties_that_a_replica_takes_over(case: ZfsCase) -> None:

@@ -115,7 +115,7 @@ def test_a_package_says_what_is_in_it() -> None:
         ([{"name": "a", "props": {}, "snapprops": {"one": {}}}], ""),
     ):
         assert read_head(make_head(1, payload=package(*listed))).contents == contents
-    assert read_head(make_head(1, features=1 << 19)).redacted
+    assert read_head(make_head(1, features=1 << 21)).redacted
     assert read_head(make_head(1, features=1 << 26)).holds
     assert read_head(make_head(1, payload=b"", features=1 << 26)).holds
     with pytest.raises(ProtocolError):

@@ -225,7 +225,7 @@ def test_options_of_a_receive() -> None:
         (make_head(1, payload=package({"name": "a"}, {"name": "b"})), "2 datasets"),
         (make_head(1, payload=package({"name": "a", "snapholds": {"s": {"t": 1}}})), "snapholds"),
         (make_head(1, features=1 << 26), "holds of another node"),
-        (make_head(1, features=1 << 19), "redacted"),
+        (make_head(1, features=1 << 21), "redacted"),
     ],
 )
 def test_streams_that_bring_more_or_less_are_refused(head: bytes, what: str) -> None:
