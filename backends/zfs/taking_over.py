@@ -114,8 +114,14 @@ def apply(context: Context, there: Dataset, properties: Iterable[Property], term
         return ()
     now = _values(context, there.name)
     settings = [f"{name}={wanted[name]}" for name in TAKEN_OVER if name in wanted and now[name][0] != wanted[name]]
-    if not settings or context.attempt("zfs", "set", *settings, there.name).status == 0:
+    if not settings:
         return ()
+    done = context.attempt("zfs", "set", *settings, there.name)
+    if done.status == 0:
+        return ()
+    if "permission denied" in done.errors:
+        rights = ",".join(setting.partition("=")[0] for setting in settings)
+        return (f"{there.name} does not take over {rights} of its source: that needs zfs allow USER {rights}",)
     told = []
     for setting in settings:
         done = context.attempt("zfs", "set", setting, there.name)

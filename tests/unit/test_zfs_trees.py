@@ -276,6 +276,13 @@ def test_what_is_taken_over_is_set_once() -> None:
     assert apply(RecordedRunner({}), Terms(), True, recordsize="4096", atime="off") == ((), []), "a zvol has neither"
 
 
+def test_missing_rights_are_told_at_once() -> None:
+    runner = RecordedRunner({GET: VALUES, ("zfs", "set"): failed("cannot set property: permission denied")})
+    told, ran = apply(runner, Terms(), False, compression="zstd", atime="on")
+    assert len(told) == len(ran) == 1
+    assert "zfs allow USER compression,atime" in told[0]
+
+
 def test_what_cannot_be_set_is_told_and_the_rest_is_set() -> None:
     bad = failed("cannot set property for 'tank/vm/a': 'compression' must be one of 'on | off'")
     runner = RecordedRunner(
