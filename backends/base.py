@@ -13,11 +13,13 @@ reported as a warning of ``info``. ``tests/conformance/test_backend.py`` holds e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from replicator.cancellation import Cancellation
-from replicator.endpoint import DigestBatch, DigestRequest, ReceiveRequest, SendRequest
+from replicator.endpoint import DigestBatch, DigestRequest, Head, ReceiveRequest, SendRequest, VolumeListing
+from replicator.errors import ReplicatorError
 from replicator.model import (
     Capability,
     Lack,
@@ -27,6 +29,7 @@ from replicator.model import (
     StreamKind,
     Version,
     VersionRef,
+    VolumeId,
     VolumeInfo,
     VolumeState,
 )
@@ -74,6 +77,12 @@ class Backend(Protocol):
         Partial or damaged leftovers are never listed as versions.
         """
 
+    def states(self, volumes: Sequence[str]) -> tuple[VolumeListing, ...]:
+        """See :meth:`replicator.endpoint.Endpoint.states`."""
+
+    def heads(self, volumes: Sequence[str]) -> tuple[Head, ...]:
+        """See :meth:`replicator.endpoint.Endpoint.heads`."""
+
     def set_lineage(self, volume: str, lineage: Lineage) -> None:
         """Store lineage, role and epoch durably and atomically beside the volume's data."""
 
@@ -87,6 +96,12 @@ class Backend(Protocol):
         """Destroy one version; nothing happens if it is gone.
 
         :raises SnapshotHeld: it has holds
+        """
+
+    def destroy_all(self, volume: str, versions: Sequence[VersionRef]) -> dict[VersionRef, ReplicatorError]:
+        """Destroy many versions, each as :meth:`destroy` does; those that stay, and why. One never blocks the others.
+
+        :raises ReplicatorError: none of them could even be tried
         """
 
     def hold(self, volume: str, version: VersionRef, tag: str) -> None:
@@ -125,3 +140,42 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release handles and connections."""
+
+
+class OneByOne(ABC):
+    """What a backend inherits that has no better way to treat many volumes or versions than one after the other."""
+
+    name: str
+
+    @abstractmethod
+    def state(self, volume: str) -> VolumeState | None:
+        """See :class:`Backend`."""
+
+    @abstractmethod
+    def destroy(self, volume: str, version: VersionRef) -> None:
+        """See :class:`Backend`."""
+
+    def states(self, volumes: Sequence[str]) -> tuple[VolumeListing, ...]:
+        """See :class:`Backend`."""
+        return tuple(self._listed(volume) for volume in volumes)
+
+    def _listed(self, volume: str) -> VolumeListing:
+        identity = VolumeId(self.name, volume)
+        try:
+            return VolumeListing(identity, self.state(volume))
+        except ReplicatorError as error:
+            return VolumeListing(identity, None, error)
+
+    def heads(self, volumes: Sequence[str]) -> tuple[Head, ...]:  # noqa: ARG002 - it cannot tell of any
+        """See :class:`Backend`."""
+        return ()
+
+    def destroy_all(self, volume: str, versions: Sequence[VersionRef]) -> dict[VersionRef, ReplicatorError]:
+        """See :class:`Backend`."""
+        failed: dict[VersionRef, ReplicatorError] = {}
+        for version in versions:
+            try:
+                self.destroy(volume, version)
+            except ReplicatorError as error:
+                failed[version] = error
+        return failed

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from backends.base import OneByOne
 from backends.blocks import ChunkChecker, after, changes, packed, within
 from backends.memory_volume import Partial, Stored, Volume, check_resume, continues, newest_data, next_position
 from replicator import names
 from replicator.cancellation import Cancellation
 from replicator.checksums import Checksums
-from replicator.endpoint import DigestBatch, DigestRequest, ReceiveMode, ReceiveRequest, SendRequest
+from replicator.endpoint import DigestBatch, DigestRequest, Head, ReceiveMode, ReceiveRequest, SendRequest
 from replicator.errors import (
     NoSuchSnapshot,
     NoSuchVolume,
@@ -66,7 +67,7 @@ def _utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-class MemoryBackend:
+class MemoryBackend(OneByOne):
     """A storage in memory.
 
     :param capabilities: declared ones; a test takes some away
@@ -213,6 +214,20 @@ class MemoryBackend:
                 found.partial.resume if found.partial else None,
                 replica and found.head is not None and bytes(found.head) != newest_data(found),
             )
+
+    def heads(self, volumes: Sequence[str]) -> tuple[Head, ...]:
+        """See :class:`~backends.base.Backend`."""
+        with self._lock:
+            return tuple(head for head in map(self._head, volumes) if head is not None)
+
+    def _head(self, name: str) -> Head | None:
+        state = self.state(name)
+        if state is None:
+            return None
+        volume = self._volumes[name]
+        changed = volume.head is not None and bytes(volume.head) != newest_data(volume)
+        newest = state.snapshots[-1] if state.snapshots else None
+        return Head(state.id, newest, changed or newest is None, state.lineage, state.resume is not None)
 
     def set_lineage(self, volume: str, lineage: Lineage) -> None:
         """See :class:`~backends.base.Backend`."""

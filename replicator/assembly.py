@@ -128,9 +128,10 @@ def assemble(config: Config, timetable: Timetable, *, daemon: bool) -> Iterator[
             network,
             Tracker(),
             recording,
-            Slots(limits.transfers, limits.transfers_per_target),
+            Slots(limits.transfers, limits.transfers_per_target, limits.transfers_per_pool),
             limits=Limits(stall=limits.stall_timeout.total_seconds()),
             pacers=Pacers(config),
+            zone=system_zone(),
         )
 
         def check() -> tuple[Finding, ...]:

@@ -90,6 +90,8 @@ http = {http}
 #verify = "sun 03:00"
 # Commands around the snapshot; "after" always runs once "before" was started.
 #quiesce = {{before = ["fsfreeze", "-f", "/srv"], after = ["fsfreeze", "-u", "/srv"], timeout = "10s"}}
+# A volume that nobody has written to gets no snapshot ("skip"), or one all the same ("snapshot").
+#unchanged = "skip"
 # Send only the newest snapshot, or all in between as well.
 #intermediates = "newest"
 # Snapshots of other programs that are sent as well, every one of them; they are never destroyed.
@@ -104,6 +106,8 @@ http = {http}
 # Transfers at once: on this node, and with one other node.
 #transfers = 4
 #transfers_per_target = 2
+# ... and reading or writing one pool of this node.
+#transfers_per_pool = 4
 # A transfer that stands still this long is cancelled and tried again.
 #stall_timeout = "2min"
 #connect_timeout = "10s"

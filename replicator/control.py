@@ -36,7 +36,8 @@ class ReplicaStatus:
     """One row of ``status``: a volume of a job and one of its targets.
 
     :ivar volume: as its job names it: ``STORAGE:NAME``, with ``NODE/`` before it for a pull job
-    :ivar lag: age of the newest snapshot that the target has complete; None when it has none (known)
+    :ivar lag: age of the newest snapshot that the target has complete, or of the last look that showed that nothing was
+        written since; None when it has none (known)
     :ivar objective: the job's max_lag
     :ivar duration: of the last run that transferred or checked something
     :ivar sent: bytes over the network in that run

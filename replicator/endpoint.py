@@ -10,12 +10,13 @@ validated before storage is touched. Methods may be called from several threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 from replicator.cancellation import Cancellation
+from replicator.errors import ReplicatorError
 from replicator.model import (
     Lineage,
     Property,
@@ -187,6 +188,42 @@ class PruneOutcome:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class VolumeListing:
+    """One volume in a listing of many.
+
+    :ivar state: None: there is no such volume, or it could not be listed
+    :ivar error: why it could not
+    """
+
+    volume: VolumeId
+    state: VolumeState | None
+    error: ReplicatorError | None = None
+
+    def get(self) -> VolumeState | None:
+        """The state. :raises ReplicatorError: it could not be listed"""
+        if self.error is not None:
+            raise self.error
+        return self.state
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The live data of a volume, by its newest snapshot.
+
+    :ivar newest: with its holds; None: there is no snapshot
+    :ivar changed: whether there is live data that ``newest`` has not; everything that was written before the question
+        was asked counts
+    :ivar partial: whether there is a half-received version
+    """
+
+    volume: VolumeId
+    newest: Version | None
+    changed: bool
+    lineage: Lineage | None
+    partial: bool = False
+
+
 @runtime_checkable
 class Endpoint(Protocol):
     """A node, as far as replication needs it.
@@ -214,6 +251,21 @@ class Endpoint(Protocol):
 
     def state(self, volume: VolumeId) -> VolumeState | None:
         """Versions, lineage and partial state of a volume in one listing; None if there is no such volume."""
+
+    def states(self, volumes: Sequence[VolumeId]) -> tuple[VolumeListing, ...]:
+        """The states of many volumes, in their order; as few listings as the storages can do it with.
+
+        A failure of one volume is in its place and keeps nobody from the others.
+        """
+
+    def heads(self, volumes: Sequence[VolumeId]) -> tuple[Head, ...]:
+        """What the live data of many volumes is, in their order, at a cost that does not grow with their versions.
+
+        Of those only that exist and whose storage can tell: not every storage can, and a volume that cannot be read is
+        left out as well.
+
+        :raises StorageUnavailable: a storage is not there now
+        """
 
     def ensure_primary(self, volume: VolumeId) -> Lineage:
         """The lineage of a source volume; one is made (epoch 1) and stored durably the first time.

@@ -156,7 +156,7 @@ class Engine:
             for task in tasks:
                 if not self._tracker.get(task.key).last_run:
                     self._tracker.recall(task.key, **self._memory.recall(task.key))
-                self._runner.survey(task)
+            self._runner.survey_all(tasks)
 
     def _look_for_orphans(self, job: Job, tasks: Sequence[Task]) -> None:
         """Replicas whose sources are gone. Of a target that does not answer, what was known stays."""
@@ -190,7 +190,7 @@ class Engine:
         job = self._config.jobs.get(replica.key.job)
         now = self._clock()
         newest = replica.newest
-        lag = max(0.0, (now - newest.created).total_seconds()) if newest else None
+        lag = replica.lag(now)
         objective = job.max_lag.total_seconds() if job is not None and job.max_lag else None
         paused = self._timetable.paused(replica.key.job)
         return ReplicaStatus(
@@ -217,10 +217,14 @@ class Engine:
 
     def plan(self, job: str | None) -> tuple[PlannedReplica, ...]:
         """See Control."""
-        return tuple(self._planned(task) for item in self._jobs(job) for task in self._runner.tasks(item))
+        found: list[PlannedReplica] = []
+        for item in self._jobs(job):
+            tasks = self._runner.tasks(item)
+            surveys = self._runner.survey_all(tasks)
+            found += (self._planned(task, surveys[task.key]) for task in tasks)
+        return tuple(found)
 
-    def _planned(self, task: Task) -> PlannedReplica:
-        survey = self._runner.survey(task)
+    def _planned(self, task: Task, survey: Survey) -> PlannedReplica:
         key = task.key
         notes: tuple[str, ...] = (
             f"first takes the snapshot {snapshot_name(key.job, self._clock()).rpartition('_')[0]}_<now>",

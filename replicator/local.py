@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, tzinfo
 
 from backends.base import Backend
@@ -18,12 +19,14 @@ from replicator.cancellation import Cancellation
 from replicator.endpoint import (
     DigestBatch,
     DigestRequest,
+    Head,
     PruneOutcome,
     PruneRequest,
     ReceiveMode,
     ReceiveRequest,
     SendRequest,
     SnapshotRequest,
+    VolumeListing,
 )
 from replicator.errors import (
     ConflictError,
@@ -175,6 +178,25 @@ class LocalEndpoint:
     def state(self, volume: VolumeId) -> VolumeState | None:
         """See :class:`~replicator.endpoint.Endpoint`."""
         return self._of(volume).state(volume.name)
+
+    def states(self, volumes: Sequence[VolumeId]) -> tuple[VolumeListing, ...]:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found: dict[VolumeId, VolumeListing] = {}
+        for storage, group in _by_storage(volumes).items():
+            wanted = tuple(names.check_volume(volume.name) for volume in group)
+            try:
+                listed = self._backend(storage).states(wanted)
+            except ReplicatorError as error:
+                listed = tuple(VolumeListing(volume, None, error) for volume in group)
+            found.update((listing.volume, listing) for listing in listed)
+        return tuple(found[volume] for volume in volumes)
+
+    def heads(self, volumes: Sequence[VolumeId]) -> tuple[Head, ...]:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found: list[Head] = []
+        for storage, group in _by_storage(volumes).items():
+            found += self._backend(storage).heads(tuple(names.check_volume(volume.name) for volume in group))
+        return tuple(found)
 
     def _existing(self, volume: VolumeId) -> VolumeState:
         state = self.state(volume)
@@ -353,24 +375,36 @@ class LocalEndpoint:
             }
         outcomes = []
         for decision in decisions:
-            version, reason = decision.version, decision.reason
-            if decision.keep or request.dry_run or version.guid in floor:
-                kept = decision.keep or version.guid in floor
-                if not decision.keep and kept:
-                    reason = f"this node's minimum: {floor[version.guid]}"
-                outcomes.append(PruneOutcome(version, kept, reason))
-                continue
-            try:
-                backend.destroy(request.volume.name, version.ref)
-            except SnapshotHeld as error:  # since the listing, or by a clone of it
-                outcomes.append(PruneOutcome(version, True, str(error)))
-            except ReplicatorError as error:  # one that cannot go must not block the others
-                outcomes.append(PruneOutcome(version, True, reason, str(error)))
-            else:
-                outcomes.append(PruneOutcome(version, False, reason))
-        return tuple(outcomes)
+            version, kept, reason = decision.version, decision.keep, decision.reason
+            if not kept and version.guid in floor:
+                kept, reason = True, f"this node's minimum: {floor[version.guid]}"
+            outcomes.append(PruneOutcome(version, kept, reason))
+        going = tuple(outcome.version.ref for outcome in outcomes if not outcome.kept)
+        if request.dry_run or not going:
+            return tuple(outcomes)
+        try:
+            failed = backend.destroy_all(request.volume.name, going)
+        except ReplicatorError as error:
+            failed = dict.fromkeys(going, error)
+        return tuple(_after(outcome, failed.get(outcome.version.ref)) for outcome in outcomes)
 
     def close(self) -> None:
         """Close every backend."""
         for backend in self._backends.values():
             backend.close()
+
+
+def _after(outcome: PruneOutcome, error: ReplicatorError | None) -> PruneOutcome:
+    """What became of a version that was to go, or was not."""
+    if outcome.kept or error is None:
+        return outcome
+    if isinstance(error, SnapshotHeld):  # since the listing, or by a clone of it
+        return replace(outcome, kept=True, reason=str(error))
+    return replace(outcome, kept=True, error=str(error))
+
+
+def _by_storage(volumes: Sequence[VolumeId]) -> dict[str, list[VolumeId]]:
+    found: dict[str, list[VolumeId]] = {}
+    for volume in dict.fromkeys(volumes):
+        found.setdefault(volume.storage, []).append(volume)
+    return found

@@ -48,6 +48,7 @@ class _Histogram:
 @dataclass(slots=True)
 class _Replica:
     last_snapshot: datetime | None = None
+    as_of: datetime | None = None
     backlog: int | None = None
     objective: float | None = None
     outcome: str = ""
@@ -119,6 +120,7 @@ class Metrics:
         target: str,
         *,
         last_snapshot: datetime | None,
+        as_of: datetime | None = None,
         backlog_bytes: int | None = None,
         objective: timedelta | None = None,
         state: State | None = None,
@@ -126,6 +128,7 @@ class Metrics:
         """Both sides of a replica were listed.
 
         :param last_snapshot: when the newest snapshot that the target has complete was taken; None: it has none
+        :param as_of: everything that was written before is there; None: only ``last_snapshot`` says how old it is
         :param backlog_bytes: of snapshots that the target lacks; None: not known
         :param objective: the job's max_lag
         :param state: None: worked out at each scrape from what is known
@@ -133,6 +136,7 @@ class Metrics:
         with self._lock:
             replica = self._store.replica(job, volume, target)
             replica.last_snapshot = last_snapshot
+            replica.as_of = as_of
             replica.backlog = backlog_bytes
             replica.objective = objective.total_seconds() if objective is not None else replica.objective
             replica.state = state
@@ -262,8 +266,7 @@ class Metrics:
         paused = {labels[0] for labels, value in self._store.values["replicator_job_paused"].items() if value}
         found: dict[str, dict[_Labels, float]] = defaultdict(dict)
         for key, replica in self._store.replicas.items():
-            # A clock that stepped back must not show a negative lag.
-            lag = None if replica.last_snapshot is None else max(0.0, (now - replica.last_snapshot).total_seconds())
+            lag = _lag(replica, now)
             state = (replica.state or _state(replica, lag, key[0] in paused)).value.replace(" ", "_")
             for name, value in (
                 ("lag_seconds", lag),
@@ -300,6 +303,14 @@ class _Collector:
         """All metrics without values."""
         for metric in METRICS:
             yield _family(metric, _Store(), {})
+
+
+def _lag(replica: _Replica, now: datetime) -> float | None:
+    """As ``replicator.tracker`` has it. A clock that stepped back must not show a negative one."""
+    if replica.last_snapshot is None:
+        return None
+    known = replica.last_snapshot if replica.as_of is None else max(replica.last_snapshot, replica.as_of)
+    return max(0.0, (now - known).total_seconds())
 
 
 def _state(replica: _Replica, lag: float | None, paused: bool) -> State:

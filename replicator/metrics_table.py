@@ -34,7 +34,8 @@ METRICS = (
         "replicator_replica_lag_seconds",
         "gauge",
         REPLICA,
-        "Age of the newest source snapshot that the target has complete: what a failover now would lose, at most.",
+        "Age of the newest source snapshot that the target has complete, or of the last look that showed that nothing "
+        "was written since: what a failover now would lose, at most.",
     ),
     Metric(
         "replicator_replica_lag_objective_seconds",

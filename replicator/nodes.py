@@ -11,7 +11,7 @@ from replicator.control import PeerStatus
 from replicator.endpoint import Endpoint
 from replicator.errors import ConnectionLost, IdentityError, ReplicatorError, UsageError
 from replicator.local import LocalEndpoint
-from replicator.settings import Job, Peer
+from replicator.settings import Job, Peer, RbdStorage, ZfsStorage
 from transport.authorization import PeerRights
 from transport.connection import Deadlines
 from transport.identity import Identity
@@ -75,6 +75,18 @@ class PeerNetwork:
             rate_limit=lambda: min(rates, default=None),
             compress=job is None or job.compress != "never",
         )
+
+    def pool(self, node: str, storage: str) -> str | None:
+        """See :class:`~replicator.runs.Network`."""
+        if not self._config.is_local(node):
+            return None
+        match self._config.storages.get(storage):
+            case ZfsStorage(root=root):
+                return f"zfs {root.partition('/')[0]}"
+            case RbdStorage(pool=pool):
+                return f"rbd {pool}"
+            case _:
+                return storage
 
     def _peer(self, node: str) -> Peer:
         peer = self._config.peers.get(node)

@@ -63,7 +63,7 @@ class Recording:
         """See Recorder."""
         self._metrics.transfer_progress(key.job, key.volume, key.target, progress.rate if progress else None)
 
-    def replica_seen(self, key: ReplicaKey, newest: Version | None, backlog: int) -> None:
+    def replica_seen(self, key: ReplicaKey, newest: Version | None, backlog: int, as_of: datetime | None) -> None:
         """See Recorder."""
         job = self._config.jobs.get(key.job)
         self._metrics.set_replica(
@@ -71,6 +71,7 @@ class Recording:
             key.volume,
             key.target,
             last_snapshot=newest.created if newest else None,
+            as_of=as_of,
             backlog_bytes=backlog,
             objective=job.max_lag if job else None,
         )

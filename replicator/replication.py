@@ -15,7 +15,7 @@ from typing import Protocol
 
 from replicator.cancellation import Cancellation
 from replicator.conflicts import Conflict, Recreated, Route
-from replicator.endpoint import Endpoint, ReceiveMode, ReceiveRequest, SendRequest
+from replicator.endpoint import Endpoint, ReceiveMode, ReceiveRequest, SendRequest, VolumeListing
 from replicator.errors import NoSuchVolume, ReplicatorError
 from replicator.model import (
     DIVERGED_PREFIX,
@@ -113,6 +113,8 @@ class Outcome:
 
 
 Observer = Callable[[Progress], None]
+Listed = tuple[VolumeListing, VolumeListing]
+"""The two sides of a pair in a listing of many volumes."""
 
 
 def new_key() -> str:
@@ -211,19 +213,20 @@ class Replication:
         self._asked: tuple[Property, ...] | None = None
         self.outcome = Outcome()
 
-    def plan(self) -> tuple[Plan | Conflict, VolumeState, VolumeState | None]:
+    def plan(self, listed: Listed | None = None) -> tuple[Plan | Conflict, VolumeState, VolumeState | None]:
         """List both sides and plan; changes nothing.
 
+        :param listed: both sides, where they were listed just now
         :raises NoSuchVolume: the source volume does not exist
         """
         pair = self._pair
-        source = pair.source.state(pair.source_volume)
+        source = listed[0].get() if listed is not None else pair.source.state(pair.source_volume)
         if source is None:
             raise NoSuchVolume(
                 f"node {pair.source.node} has no volume {pair.source_volume}",
                 hint="its replicas are kept; take it out of the job, or bring it back with `replicator restore`",
             )
-        target = pair.target.state(pair.target_volume)
+        target = listed[1].get() if listed is not None else pair.target.state(pair.target_volume)
         here, there = (
             pair.source.storage(pair.source_volume.storage),
             pair.target.storage(pair.target_volume.storage),

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from typing import Protocol
 
 from replicator import hooks, logs
@@ -23,6 +23,7 @@ from replicator.errors import Cancelled, ConflictError, NoSuchVolume, Replicator
 from replicator.model import (
     Capability,
     Progress,
+    Role,
     Version,
     VolumeId,
     VolumeInfo,
@@ -31,10 +32,12 @@ from replicator.model import (
     snapshot_name,
 )
 from replicator.planning import Common, Plan, SendPolicy, newest_common
-from replicator.replication import Limits, Options, Pacer, Pair, Replication
+from replicator.replication import Limits, Listed, Options, Pacer, Pair, Replication
 from replicator.selection import included_storages, select
 from replicator.setting_types import Target
 from replicator.settings import Job
+from replicator.settling import Place, heads, heads_of, settled, states_of
+from replicator.tidying import Tidying
 from replicator.tracker import ReplicaKey, Tracker
 
 LOG = logging.getLogger(__name__)
@@ -42,13 +45,19 @@ LOG = logging.getLogger(__name__)
 PATIENCE = 3600.0
 """Seconds that a resync or a verification waits for a run of the same replica to end."""
 BUSY_PAUSE = 0.2
+WORKERS = 16
+"""Threads of a run; how many transfers run at once is for the slots."""
 
 
 class Slots(Protocol):
     """Bounds what runs at once (see ``scheduler.limits``)."""
 
-    def slot(self, volume: str, target: str, node: str, cancel: Cancellation) -> AbstractContextManager[None]:
+    def slot(
+        self, volume: str, target: str, node: str, cancel: Cancellation, *, pools: Iterable[str] = ()
+    ) -> AbstractContextManager[None]:
         """Have the right to move ``volume`` to ``target`` (through ``node``) while the block runs.
+
+        :param pools: that it reads or writes, as :meth:`Network.pool` calls them
 
         Waits for the limits of this node and of the peer. :raises VolumeBusy: that volume and target run already
         """
@@ -63,8 +72,8 @@ class Recorder(Protocol):
     def transfer_progress(self, key: ReplicaKey, progress: Progress | None) -> None:
         """A task is under way; None: it is not any more."""
 
-    def replica_seen(self, key: ReplicaKey, newest: Version | None, backlog: int) -> None:
-        """Both sides of a replica were listed."""
+    def replica_seen(self, key: ReplicaKey, newest: Version | None, backlog: int, as_of: datetime | None) -> None:
+        """Both sides of a replica were listed; with ``as_of``: it has everything that was written before then."""
 
     def replicas_gone(self, keys: Iterable[ReplicaKey]) -> None:
         """These are no longer replicated."""
@@ -79,6 +88,9 @@ class Network(Protocol):
 
     def endpoint(self, node: str, job: Job | None = None) -> Endpoint:
         """A node's endpoint, this one's included, as ``job`` wants it; connections are made when it is used."""
+
+    def pool(self, node: str, storage: str) -> str | None:
+        """The pool of this node that a storage is in: what is in one pool shares its disks. None: of another node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +123,26 @@ class Survey:
 
 @dataclass(slots=True)
 class _VolumeRun:
-    """A volume in one run: what came of it, for pruning the source."""
+    """A volume in one run: what came of it, for pruning the source.
+
+    :ivar settled: what each target has that lacks nothing
+    """
 
     volume: VolumeId
     tasks: list[Task] = field(default_factory=list)
     protect: set[str] = field(default_factory=set)
     error: ReplicatorError | None = None
+    settled: dict[ReplicaKey, Common] = field(default_factory=dict)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether it needs no snapshot: what a settled target has is its live data."""
+        return bool(self.settled)
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing to do for any target."""
+        return len(self.settled) == len(self.tasks)
 
 
 def _utc_now() -> datetime:
@@ -136,7 +162,7 @@ class Runner:
         limits: Limits,
         pacers: Callable[[Job, str], tuple[Pacer, ...]],
         clock: Callable[[], datetime] = _utc_now,
-        workers: int = 16,
+        zone: tzinfo = UTC,
     ) -> None:
         self._network = network
         self.tracker = tracker
@@ -145,7 +171,7 @@ class Runner:
         self._limits = limits
         self._pacers = pacers
         self._clock = clock
-        self._workers = workers
+        self._tidying = Tidying(zone)
 
     # -- what a job means now
 
@@ -204,19 +230,35 @@ class Runner:
     def options(self, task: Task) -> Options:
         """How the task's job wants it."""
         job = task.job
-        return Options(
-            SendPolicy(job.intermediates, job.name, job.foreign_snapshots),
-            limits=self._limits,
-            pacers=self._pacers(job, task.peer),
-        )
+        return Options(self._policy(job), limits=self._limits, pacers=self._pacers(job, task.peer))
+
+    def _policy(self, job: Job) -> SendPolicy:
+        return SendPolicy(job.intermediates, job.name, job.foreign_snapshots)
 
     # -- looking
 
     def survey(self, task: Task, *, sizes: bool = True) -> Survey:
         """List both sides and plan, and remember what that shows; changes nothing."""
+        return self._survey(task, None, None, sizes)
+
+    def survey_all(self, tasks: Sequence[Task], *, sizes: bool = True) -> dict[ReplicaKey, Survey]:
+        """:meth:`survey` of many, with one listing of each storage."""
+        asked = self._clock()
+        pairs = [task.pair for task in tasks]
+        heads, states = heads_of(pairs), states_of(pairs)
+        found = {}
+        for task in tasks:
+            pair = task.pair
+            source, target = _places(pair)
+            listed = (states[source], states[target]) if source in states and target in states else None
+            common = settled(heads.get(source), heads.get(target), self._policy(task.job), pair.tag)
+            found[task.key] = self._survey(task, listed, asked if common else None, sizes)
+        return found
+
+    def _survey(self, task: Task, listed: Listed | None, as_of: datetime | None, sizes: bool) -> Survey:
         replication = Replication(task.pair, self.options(task), observer=_ignore, cancel=Cancellation())
         try:
-            found, source, target = replication.plan()
+            found, source, target = replication.plan(listed)
             common = newest_common(source, target)
             if not isinstance(found, Plan):
                 raise found.to_error()
@@ -228,17 +270,21 @@ class Runner:
             self.tracker.problem(task.key, _outcome_of(error), str(error), error.hint)
             return Survey(None, None, 0, error)
         backlog = sum(size or 0 for size in estimates)
-        self._seen(task.key, common.target if common else None, backlog)
+        self._seen(task.key, common.target if common else None, backlog, as_of)
         return Survey(common, found, backlog, sizes=tuple(estimates))
 
-    def _seen(self, key: ReplicaKey, newest: Version | None, backlog: int) -> None:
-        self.tracker.seen(key, newest, backlog, self._clock())
-        self._recorder.replica_seen(key, newest, backlog)
+    def _seen(self, key: ReplicaKey, newest: Version | None, backlog: int, as_of: datetime | None = None) -> None:
+        seen = self.tracker.seen(key, newest, backlog, self._clock(), as_of)
+        self._recorder.replica_seen(key, newest, backlog, seen.as_of)
 
     # -- running
 
-    def snapshot(self, job: Job, volumes: Sequence[VolumeId], cancel: Cancellation) -> dict[VolumeId, ReplicatorError]:
+    def snapshot(
+        self, job: Job, volumes: Sequence[VolumeId], cancel: Cancellation, primaries: Set[VolumeId] = frozenset()
+    ) -> dict[VolumeId, ReplicatorError]:
         """Snapshot the volumes under one name, between the job's hooks; which ones failed, and why.
+
+        :param primaries: volumes that are known to be marked as such
 
         Raises nothing of the storages: where volumes of one storage cannot be snapshotted at one instant anyway, one
         that fails does not keep the others from being protected.
@@ -248,7 +294,8 @@ class Runner:
         by_storage: dict[str, list[VolumeId]] = {}
         for volume in volumes:
             try:
-                source.ensure_primary(volume)
+                if volume not in primaries:
+                    source.ensure_primary(volume)
                 by_storage.setdefault(volume.storage, []).append(volume)
             except ReplicatorError as error:
                 failed[volume] = error
@@ -294,23 +341,28 @@ class Runner:
 
         :raises ReplicatorError: the volumes of the job cannot be listed, or there is no such volume or target
         """
+        began = time.monotonic()
         tasks = self.tasks(job, volume, target)
         runs: dict[VolumeId, _VolumeRun] = {}
         for task in tasks:
             entry = runs.setdefault(task.pair.source_volume, _VolumeRun(task.pair.source_volume))
             entry.tasks.append(task)
+        as_of = self._clock()
         try:
-            for failed, error in self.snapshot(job, tuple(runs), cancel).items():
-                runs[failed].error = error
+            self._snapshot_changed(job, runs, cancel)
         except ReplicatorError as error:  # a hook
             for entry in runs.values():
                 entry.error = error
         if runs:
-            plural = "" if len(runs) == 1 else "s"
-            listen(Note(f"job {job.name}: {len(runs)} volume{plural} snapshotted"))
+            listen(Note(f"job {job.name}: {_counted(runs.values())}"))
         reports: list[RunReport] = []
-        with ThreadPoolExecutor(min(self._workers, max(1, len(tasks))), thread_name_prefix=f"run-{job.name}") as pool:
-            waiting = [(task, entry) for entry in runs.values() for task in entry.tasks]
+        for entry in runs.values():
+            for task in entry.tasks:
+                if task.key in entry.settled:
+                    reports.append(self._settle(task, entry, as_of, time.monotonic() - began))
+                    listen(reports[-1])
+        waiting = [(task, entry) for entry in runs.values() for task in entry.tasks if task.key not in entry.settled]
+        with ThreadPoolExecutor(min(WORKERS, max(1, len(waiting))), thread_name_prefix=f"run-{job.name}") as pool:
             running: dict[Future[RunReport], Task] = {}
             while waiting or running:
                 ready = ready_tasks([task for task, _ in waiting], running.values())
@@ -323,8 +375,63 @@ class Runner:
                     listen(report)
                     reports.append(report)
         for entry in runs.values():
-            self._prune_source(job, entry)
+            if not entry.done:
+                self._prune_source(job, entry)
+        self._tidy(job, [entry for entry in runs.values() if entry.done], cancel)
         return tuple(reports)
+
+    def _snapshot_changed(self, job: Job, runs: dict[VolumeId, _VolumeRun], cancel: Cancellation) -> None:
+        """Snapshot what has changed; what has not is noted as settled.
+
+        The snapshots of one run are those of one instant. So what was found unchanged before is looked at again once
+        the others have theirs: if it is unchanged still, its newest snapshot is its data of that instant as well, and
+        if not, all of them are taken again together. (That look finds everything that was written before the
+        instant: see :meth:`~replicator.endpoint.Endpoint.heads`.)
+
+        Where hooks make the data on a volume consistent, nothing can be said before they have run.
+        """
+        primaries: set[VolumeId] = set()
+        if job.quiesce is None and job.unchanged == "skip":
+            tasks = [task for entry in runs.values() for task in entry.tasks]
+            heads = heads_of([task.pair for task in tasks])
+            for task in tasks:
+                source, target = (heads.get(place) for place in _places(task.pair))
+                common = settled(source, target, self._policy(job), task.pair.tag)
+                if common is not None:
+                    runs[task.pair.source_volume].settled[task.key] = common
+                if source is not None and source.lineage is not None and source.lineage.role is Role.PRIMARY:
+                    primaries.add(task.pair.source_volume)
+        changed = [volume for volume, entry in runs.items() if not entry.quiet]
+        failed = self.snapshot(job, changed, cancel, primaries)
+        if changed and not self._still_quiet(job, runs):
+            for entry in runs.values():
+                entry.settled.clear()
+            failed = self.snapshot(job, tuple(runs), cancel, primaries)
+        for volume, error in failed.items():
+            runs[volume].error = error
+
+    def _still_quiet(self, job: Job, runs: dict[VolumeId, _VolumeRun]) -> bool:
+        quiet = {volume: next(iter(entry.settled.values())) for volume, entry in runs.items() if entry.quiet}
+        if not quiet:
+            return True
+        again = heads(self._network.endpoint(job.source.node), tuple(quiet))
+        return all(
+            (head := again.get(volume)) is not None
+            and not head.changed
+            and head.newest is not None
+            and head.newest.guid == common.source.guid
+            for volume, common in quiet.items()
+        )
+
+    def _settle(self, task: Task, entry: _VolumeRun, as_of: datetime, seconds: float) -> RunReport:
+        """The report of a replica that lacked nothing when the run began."""
+        common = entry.settled[task.key]
+        entry.protect.add(common.source.guid)
+        report = RunReport(
+            task.job.name, task.key.volume, task.key.target, "ok", seconds, 0, 0, 0, snapshot=common.source.name
+        )
+        self._finish(task, report, as_of, common.source, as_of)
+        return report
 
     def _run_task(self, task: Task, entry: _VolumeRun, listen: Listener, cancel: Cancellation) -> RunReport:
         started, began = self._clock(), time.monotonic()
@@ -335,7 +442,7 @@ class Runner:
             if entry.error is not None:
                 raise entry.error
             with (
-                self._slots.slot(task.key.volume, task.key.target, task.peer, cancel),
+                self._slot(task, cancel),
                 self.tracker.running(task.key),
             ):
                 began = time.monotonic()
@@ -365,10 +472,17 @@ class Runner:
         self._finish(task, report, started, newest)
         return report
 
-    def _finish(self, task: Task, report: RunReport, started: datetime, newest: Version | None) -> None:
+    def _finish(
+        self,
+        task: Task,
+        report: RunReport,
+        started: datetime,
+        newest: Version | None,
+        as_of: datetime | None = None,
+    ) -> None:
         self.tracker.finished(task.key, report, self._clock())
         if newest is not None:
-            self._seen(task.key, newest, 0)
+            self._seen(task.key, newest, 0, as_of)
         elif report.outcome == "failed" and report.code != "peer_unreachable":
             self._look_again(task, report)
         self._recorder.run_finished(report, started, newest)
@@ -402,6 +516,13 @@ class Runner:
 
         return observe
 
+    def _slot(self, task: Task, cancel: Cancellation) -> AbstractContextManager[None]:
+        pair = task.pair
+        pools = {
+            pool for node, volume in _places(pair) if (pool := self._network.pool(node, volume.storage)) is not None
+        }
+        return self._slots.slot(task.key.volume, task.key.target, task.peer, cancel, pools=pools)
+
     @contextmanager
     def exclusive(self, task: Task, cancel: Cancellation) -> Iterator[None]:
         """Have a replica to oneself, within the limits, and shown as running; waits until a run under way has ended.
@@ -413,7 +534,7 @@ class Runner:
             while True:
                 cancel.check()
                 try:
-                    stack.enter_context(self._slots.slot(task.key.volume, task.key.target, task.peer, cancel))
+                    stack.enter_context(self._slot(task, cancel))
                 except VolumeBusy:
                     if time.monotonic() > deadline:
                         raise
@@ -461,8 +582,33 @@ class Runner:
         request = PruneRequest(entry.volume, job.name, job.keep.source, tuple(sorted(entry.protect)))
         self._prune(self._network.endpoint(job.source.node), request)
 
+    def _tidy(self, job: Job, entries: Sequence[_VolumeRun], cancel: Cancellation) -> None:
+        """Prune volumes that do not change, now and then: what could not be destroyed when they last did, or what a
+        changed policy no longer keeps."""
+        requests: dict[Place, PruneRequest] = {}
+        endpoints: dict[str, Endpoint] = {}
+        for entry in entries:
+            for task in entry.tasks:
+                pair = task.pair
+                theirs = self.target_prune_request(task, entry.settled[task.key].target.guid, dry_run=False)
+                requests[pair.target.node, pair.target_volume] = theirs
+                ours = PruneRequest(entry.volume, job.name, job.keep.source, tuple(sorted(entry.protect)))
+                requests[pair.source.node, entry.volume] = ours
+                endpoints |= {pair.source.node: pair.source, pair.target.node: pair.target}
+        due = self._tidying.due(requests)
+        if not due:
+            return
+        pairs = [task.pair for entry in entries for task in entry.tasks if not due.isdisjoint(_places(task.pair))]
+        states = states_of(pairs)
+        for place in sorted(due):
+            cancel.check()
+            listing = states.get(place)
+            if listing is not None and self._tidying.has_work(requests[place], listing.state):
+                self._prune(endpoints[place[0]], requests[place])
+
     def _prune(self, endpoint: Endpoint, request: PruneRequest) -> None:
-        """Prune after a run: a failure is logged and tried again by the next run, it does not undo the run."""
+        """Prune after a run: a failure is logged and tried again by a later run, it does not undo the run."""
+        self._tidying.done((endpoint.node, request.volume), request)
         try:
             outcomes = endpoint.prune(request)
         except ReplicatorError as error:
@@ -489,6 +635,18 @@ def ready_tasks(waiting: Sequence[Task], running: Iterable[Task]) -> frozenset[R
     if ready or running:
         return ready
     return frozenset(task.key for task in waiting)  # origins in a circle: no storage has that, a peer may say so
+
+
+def _places(pair: Pair) -> tuple[Place, Place]:
+    return (pair.source.node, pair.source_volume), (pair.target.node, pair.target_volume)
+
+
+def _counted(entries: Iterable[_VolumeRun]) -> str:
+    """How many volumes have a new snapshot, and how many need none."""
+    quiet = [entry.quiet for entry in entries]
+    taken = quiet.count(False)
+    text = f"{taken} volume{'' if taken == 1 else 's'} snapshotted"
+    return f"{text}, {quiet.count(True)} unchanged" if any(quiet) else text
 
 
 def _ignore(_: Progress) -> None:

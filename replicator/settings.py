@@ -186,6 +186,7 @@ class Job(Table):
     :ivar verify: schedule of verifications; None: only by hand
     :ivar foreign_snapshots: names of snapshots that replicator did not make and that are sent as well; never destroyed
     :ivar replica_path: replicas are below the source node's name, or have the same name as their sources
+    :ivar unchanged: what a volume gets that nobody has written to: nothing, or a snapshot all the same
     """
 
     name: str
@@ -209,6 +210,7 @@ class Job(Table):
         SnapshotPatterns(), description='write a list of patterns, for example ["autosnap_*", "!*_hourly"]'
     )
     replica_path: Literal["node", "same"] = Field("node", description='write "node" or "same"')
+    unchanged: Literal["skip", "snapshot"] = Field("skip", description='write "skip" or "snapshot"')
     compress: Literal["auto", "never"] = Field("auto", description='write "auto" or "never"')
     enabled: bool = Field(True, description="write true or false, without quotes")
 
@@ -223,6 +225,7 @@ class Limits(Table):
 
     :ivar transfers: at once, all targets together
     :ivar transfers_per_target: at once to or from one node
+    :ivar transfers_per_pool: at once that read or write one pool of this node
     :ivar stall_timeout: a transfer whose byte counter stands still that long is cancelled and retried
     :ivar connect_timeout: for a connection including the TLS handshake
     :ivar rate_limit: bytes per second of all transfers together; None: unlimited
@@ -231,6 +234,7 @@ class Limits(Table):
 
     transfers: int = Field(4, ge=1, le=64, description="write a number from 1 to 64")
     transfers_per_target: int = Field(2, ge=1, le=64, description="write a number from 1 to 64")
+    transfers_per_pool: int = Field(4, ge=1, le=64, description="write a number from 1 to 64")
     stall_timeout: Duration = Field(timedelta(minutes=2), description=_DURATION)
     connect_timeout: Duration = Field(timedelta(seconds=10), description=_DURATION)
     rate_limit: Rate | None = Field(None, description='write for example "200MiB/s"')

@@ -32,6 +32,7 @@ class Replica:
 
     :ivar newest: newest version that the target has complete, None when it has none or nobody could look
     :ivar looked: when ``newest`` was seen last
+    :ivar as_of: the target has everything that was written before this; None where only ``newest`` says how old it is
     :ivar backlog: bytes of snapshots that are not on the target yet
     :ivar failures: consecutive runs that failed
     :ivar mismatch: what the last verification found to differ, until a repair, a resync or an equal verification;
@@ -53,6 +54,20 @@ class Replica:
     hint: str = ""
     progress: Progress | None = None
     mismatch: str = ""
+    as_of: datetime | None = None
+
+    def lag(self, now: datetime) -> float | None:
+        """Seconds of changes that would be lost if the source were gone, at most; None: all."""
+        return lag(self.newest, self.as_of, now)
+
+
+def lag(newest: Version | None, as_of: datetime | None, now: datetime) -> float | None:
+    """How far a target is behind, seconds: since its newest snapshot was taken, or since it was last seen that nothing
+    had been written after that one. None where it has nothing. (A clock that stepped back shows no negative lag.)"""
+    if newest is None:
+        return None
+    known = newest.created if as_of is None else max(newest.created, as_of)
+    return max(0.0, (now - known).total_seconds())
 
 
 def describe_mismatch(snapshot: str, differing: int) -> str:
@@ -91,9 +106,17 @@ class Tracker:
             self._replicas[key] = changed
             return changed
 
-    def seen(self, key: ReplicaKey, newest: Version | None, backlog: int, now: datetime) -> Replica:
-        """Both sides were listed."""
-        return self._change(key, newest=newest, backlog=backlog, looked=now)
+    def seen(
+        self, key: ReplicaKey, newest: Version | None, backlog: int, now: datetime, as_of: datetime | None = None
+    ) -> Replica:
+        """Both sides were listed. What was seen of the same snapshot before stays true."""
+        with self._lock:
+            before = self._replicas.get(key, Replica(key))
+            same = newest is not None and before.newest is not None and newest.guid == before.newest.guid
+            since = as_of or (before.as_of if same else None)
+            changed = replace(before, newest=newest, backlog=backlog, looked=now, as_of=since)
+            self._replicas[key] = changed
+            return changed
 
     def recall(self, key: ReplicaKey, **facts: object) -> None:
         """Fill in what the history remembers of earlier runs; ``facts`` are fields of :class:`Replica`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,6 +19,7 @@ class _Ticket:
     """Somebody who waits, or has been let in."""
 
     node: str
+    pools: frozenset[str]
     admitted: bool = False
     changed: threading.Event = field(default_factory=threading.Event)
 
@@ -26,24 +27,30 @@ class _Ticket:
 class Slots:
     """Bounds what runs at once. Thread-safe.
 
-    Whoever came first is let in first, except that who waits for a busy peer does not keep those for other peers
-    waiting. Nobody is overtaken by a later one for the same peer, so nobody waits for ever.
+    Whoever came first is let in first, except that who waits for a busy peer or pool does not keep those for others
+    waiting. Nobody is overtaken by a later one for what they wait for, so nobody waits for ever.
 
     :param total: transfers at once, all peers together
     :param per_node: transfers at once to or from one node
+    :param per_pool: transfers at once that read or write one pool; None: as many as ``total``
     :param patience: seconds after which waiting for a place is given up
     """
 
-    def __init__(self, total: int, per_node: int, *, patience: float = DEFAULT_PATIENCE) -> None:
-        if total < 1 or per_node < 1:
+    def __init__(
+        self, total: int, per_node: int, per_pool: int | None = None, *, patience: float = DEFAULT_PATIENCE
+    ) -> None:
+        per_pool = total if per_pool is None else per_pool
+        if total < 1 or per_node < 1 or per_pool < 1:
             raise ValueError("limits are at least 1")
         self._total = total
         self._per_node = per_node
+        self._per_pool = per_pool
         self._patience = patience
         self._lock = threading.Lock()
         self._claimed: set[tuple[str, str]] = set()
         self._queue: list[_Ticket] = []
         self._running: Counter[str] = Counter()
+        self._pools: Counter[str] = Counter()
 
     @property
     def running(self) -> int:
@@ -58,15 +65,18 @@ class Slots:
             return len(self._queue)
 
     @contextmanager
-    def slot(self, volume: str, target: str, node: str, cancel: Cancellation) -> Iterator[None]:
+    def slot(
+        self, volume: str, target: str, node: str, cancel: Cancellation, *, pools: Iterable[str] = ()
+    ) -> Iterator[None]:
         """Have the right to move ``volume`` to ``target`` (through ``node``) while the block runs.
 
+        :param pools: that are read or written
         :raises VolumeBusy: the same volume and target run or wait already
         :raises DeadlineExceeded: no place within the patience
         :raises ReplicatorError: the error of ``cancel``, once that is cancelled
         """
         pair = (volume, target)
-        ticket = _Ticket(node)
+        ticket = _Ticket(node, frozenset(pools))
         with self._lock:
             if pair in self._claimed:
                 raise VolumeBusy(
@@ -83,8 +93,9 @@ class Slots:
             if not self._leave_queue(ticket):
                 raise DeadlineExceeded(
                     f"{volume} to {target} waited {self._patience:g} s for one of {self._total} transfers at once "
-                    f"({self._per_node} per node)",
-                    hint="raise [limits] transfers or transfers_per_target, or run the jobs less often",
+                    f"({self._per_node} per node, {self._per_pool} per pool)",
+                    hint="raise [limits] transfers, transfers_per_target or transfers_per_pool, or run the jobs "
+                    "less often",
                 )
             yield
         finally:
@@ -102,6 +113,7 @@ class Slots:
             self._claimed.discard(pair)
             if ticket.admitted:
                 self._running[ticket.node] -= 1
+                self._pools.subtract(ticket.pools)
             elif ticket in self._queue:
                 self._queue.remove(ticket)
             self._admit()
@@ -109,11 +121,17 @@ class Slots:
     def _admit(self) -> None:
         """Let in everyone for whom there is a place, in the order they came. The lock is held."""
         waiting: list[_Ticket] = []
+        taken: set[str] = set()  # what somebody before it has all but one thing of
         for ticket in self._queue:
-            if self._running.total() < self._total and self._running[ticket.node] < self._per_node:
+            node, places = self._running[ticket.node] < self._per_node, {ticket.node, *ticket.pools}
+            pools = all(self._pools[pool] < self._per_pool for pool in ticket.pools)
+            if self._running.total() < self._total and node and pools and taken.isdisjoint(places):
                 self._running[ticket.node] += 1
+                self._pools.update(ticket.pools)
                 ticket.admitted = True
                 ticket.changed.set()
-            else:
-                waiting.append(ticket)
+                continue
+            waiting.append(ticket)
+            if node and not pools:
+                taken |= places
         self._queue = waiting

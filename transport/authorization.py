@@ -84,6 +84,9 @@ class Authority:
                 self._require_tag(request, request.tag)
             case messages.State() | messages.Estimate() | messages.Properties():
                 self._require_read(request, request.volume)
+            case messages.States() | messages.Heads():
+                for volume in request.volumes:
+                    self._require_read(request, volume)
             case messages.Send() | messages.Digests() | messages.Prune():
                 self._require_read(request, request.request.volume)
 

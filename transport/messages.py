@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
@@ -21,14 +22,16 @@ from replicator import names
 from replicator.endpoint import (
     MAX_RANGES,
     DigestRequest,
+    Head,
     PruneOutcome,
     PruneRequest,
     Range,
     ReceiveRequest,
     SendRequest,
     SnapshotRequest,
+    VolumeListing,
 )
-from replicator.errors import InvalidName, ProtocolError, ReplicatorError
+from replicator.errors import InvalidName, ProtocolError, ReplicatorError, rebuild_error
 from replicator.model import (
     Lineage,
     Origin,
@@ -50,7 +53,7 @@ REQUEST_CAP = 4 * 1024 * 1024
 RESPONSE_CAP = 64 * 1024 * 1024
 """Bytes of an answer, at most: some 200,000 snapshots of one volume."""
 MAX_VOLUMES = 4096
-"""Volumes in one snapshot request."""
+"""Volumes in one request."""
 
 T = TypeVar("T")
 
@@ -79,6 +82,20 @@ class State:
     """:meth:`Endpoint.state`"""
 
     volume: VolumeId
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """:meth:`Endpoint.states`, of MAX_VOLUMES at most"""
+
+    volumes: tuple[VolumeId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """:meth:`Endpoint.heads`, of MAX_VOLUMES at most"""
+
+    volumes: tuple[VolumeId, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,11 +235,70 @@ class StreamOpened:
     estimate: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """An error of one volume, as ERROR frames have it for a whole connection."""
+
+    code: str
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A :class:`~replicator.endpoint.VolumeListing` on the wire."""
+
+    volume: VolumeId
+    state: VolumeState | None
+    fault: Fault | None
+
+    @classmethod
+    def of(cls, listing: VolumeListing) -> Listed:
+        """For sending."""
+        error = listing.error
+        fault = Fault(error.code, error.message[:_MAX_TEXT], error.hint[:_MAX_TEXT]) if error is not None else None
+        return cls(listing.volume, listing.state, fault)
+
+    @property
+    def listing(self) -> VolumeListing:
+        """As it was at the peer."""
+        fault = self.fault
+        error = rebuild_error(fault.code, fault.message, fault.hint) if fault is not None else None
+        return VolumeListing(self.volume, self.state, error)
+
+
+@dataclass(frozen=True, slots=True)
+class StatesPart:
+    """One of the answers to States; the last one has not ``more``."""
+
+    listed: tuple[Listed, ...]
+    more: bool
+
+
+PART_VERSIONS = 20_000
+"""Versions in a part of an answer to States: some megabytes."""
+
+
+def in_parts(listings: Sequence[VolumeListing]) -> Iterator[StatesPart]:
+    """A whole answer to States, as parts."""
+    part: list[Listed] = []
+    size = 0
+    for number, listing in enumerate(listings, 1):
+        part.append(Listed.of(listing))
+        size += len(listing.state.versions) + 1 if listing.state is not None else 1
+        if size >= PART_VERSIONS and number < len(listings):
+            yield StatesPart(tuple(part), True)
+            part, size = [], 0
+    yield StatesPart(tuple(part), False)
+
+
 Request = (
     Storages
     | Storage
     | Volumes
     | State
+    | States
+    | Heads
     | EnsurePrimary
     | Snapshot
     | Hold
@@ -254,6 +330,8 @@ ANSWERS: dict[type[Request], Any] = {
     Storage: StorageInfo,
     Volumes: tuple[VolumeInfo, ...],
     State: VolumeState | None,
+    States: StatesPart,
+    Heads: tuple[Head, ...],
     EnsurePrimary: Lineage,
     Snapshot: tuple[Version, ...],
     Hold: None,
@@ -444,6 +522,12 @@ def _check_fields(value: object) -> None:  # noqa: PLR0912, PLR0915 - one case a
             names.check_snapshot(value.name)
             if not 1 <= len(value.volumes) <= MAX_VOLUMES:
                 raise _refuse(f"{len(value.volumes)} volumes in one snapshot; 1 to {MAX_VOLUMES} are allowed")
+        case States() | Heads():
+            if not 1 <= len(value.volumes) <= MAX_VOLUMES:
+                raise _refuse(f"{len(value.volumes)} volumes to be listed; 1 to {MAX_VOLUMES} are allowed")
+        case Fault():
+            for text in (value.code, value.message, value.hint):
+                _text(text, "part of an error")
         case SendRequest():
             _key(value.key)
             if value.ranges is not None and value.base is not None:

@@ -10,7 +10,9 @@ from replicator.errors import ProtocolError, ReplicatorError, rebuild_error
 from replicator.streams import Buffer
 from transport.frames import CAPS, SUSPICIOUS, VERSION, FrameType
 
-FEATURES = ("zstd",)
+STATES = "states"
+"""Answers the requests ``states`` and ``heads``."""
+FEATURES = ("zstd", STATES)
 PING = struct.Struct("<q")
 """The sender's clock, nanoseconds."""
 PONG = struct.Struct("<qqq")

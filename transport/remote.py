@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +11,13 @@ from replicator.cancellation import Cancellation
 from replicator.endpoint import (
     DigestBatch,
     DigestRequest,
+    Head,
     PruneOutcome,
     PruneRequest,
     ReceiveRequest,
     SendRequest,
     SnapshotRequest,
+    VolumeListing,
 )
 from replicator.errors import Cancelled, ConnectionLost, RemoteError, ReplicatorError
 from replicator.model import Lineage, Property, StorageInfo, Version, VersionRef, VolumeId, VolumeInfo, VolumeState
@@ -24,8 +26,8 @@ from transport import messages
 from transport.compression import AdaptiveCompressor
 from transport.connection import Connection
 from transport.frames import Frame, FrameType
-from transport.messages import RESPONSE_CAP, Request, StreamOpened
-from transport.payloads import Link
+from transport.messages import MAX_VOLUMES, RESPONSE_CAP, Request, StatesPart, StreamOpened
+from transport.payloads import STATES, Link
 from transport.pool import Pool
 from transport.wirestream import StreamBinding, StreamReceiver, StreamSender
 
@@ -146,6 +148,54 @@ class RemoteEndpoint:
         """See :class:`~replicator.endpoint.Endpoint`."""
         found: VolumeState | None = self._call(messages.State(volume))
         return found
+
+    def states(self, volumes: Sequence[VolumeId]) -> tuple[VolumeListing, ...]:
+        """See :class:`~replicator.endpoint.Endpoint`. A peer that does not know the request is asked one by one."""
+        found: dict[VolumeId, VolumeListing] = {}
+        wanted = tuple(dict.fromkeys(volumes))
+        if wanted and not self._knows(STATES):
+            return tuple(self._listed(volume) for volume in volumes)
+        for start in range(0, len(wanted), MAX_VOLUMES):
+            found.update(self._states(wanted[start : start + MAX_VOLUMES]))
+        return tuple(found[volume] for volume in volumes)
+
+    def _states(self, volumes: tuple[VolumeId, ...]) -> dict[VolumeId, VolumeListing]:
+        with ExitStack() as stack:
+            call = self._begin(messages.States(volumes), Cancellation(), stack)
+            listings: list[VolumeListing] = []
+            part: StatesPart = call.answer(StatesPart)
+            while part.more and len(listings) < len(volumes):
+                listings += (listed.listing for listed in part.listed)
+                call.first = call.connection.receive(call.connection.deadlines.answer)
+                part = call.answer(StatesPart)
+            listings += (listed.listing for listed in part.listed)
+            if part.more or tuple(listing.volume for listing in listings) != volumes:
+                raise call.connection.refuse("the listing of volumes is not of those that were asked for")
+            return {listing.volume: listing for listing in listings}
+        raise AssertionError  # an exit stack swallows nothing
+
+    def _listed(self, volume: VolumeId) -> VolumeListing:
+        try:
+            return VolumeListing(volume, self.state(volume))
+        except ReplicatorError as error:
+            return VolumeListing(volume, None, error)
+
+    def heads(self, volumes: Sequence[VolumeId]) -> tuple[Head, ...]:
+        """See :class:`~replicator.endpoint.Endpoint`. A peer that does not know the request can tell of none."""
+        wanted = tuple(dict.fromkeys(volumes))
+        if not wanted or not self._knows(STATES):
+            return ()
+        found: list[Head] = []
+        for start in range(0, len(wanted), MAX_VOLUMES):
+            found += self._call(messages.Heads(wanted[start : start + MAX_VOLUMES]))
+        return tuple(head for head in found if head.volume in wanted)
+
+    def _knows(self, feature: str) -> bool:
+        """Whether the peer's hello has it."""
+        connection, _ = self._pool.take()
+        known = feature in connection.features
+        self._pool.give(connection)
+        return known
 
     def ensure_primary(self, volume: VolumeId) -> Lineage:
         """See :class:`~replicator.endpoint.Endpoint`."""

@@ -85,11 +85,18 @@ class Session:
                 self._digests(stream, raw, request)
             case messages.Receive():
                 self._receive(stream, raw, request)
+            case messages.States():
+                self._states(stream, request)
             case _:
                 self._answer(stream, ANSWERS[type(request)], self._perform(request, authority))
 
     def _answer(self, stream: int, kind: Any, value: object) -> None:
         self._connection.send_message(FrameType.RESPONSE, messages.encode_answer(kind, value), stream=stream)
+
+    def _states(self, stream: int, request: messages.States) -> None:
+        """In parts, each of some megabytes at most, unless a single volume has more."""
+        for part in messages.in_parts(self._endpoint.states(request.volumes)):
+            self._answer(stream, messages.StatesPart, part)
 
     def _perform(self, request: Request, authority: Authority) -> object:
         endpoint = self._endpoint
@@ -104,6 +111,8 @@ class Session:
                 return tuple(volume for volume in volumes if volume.id in visible)
             case messages.State(volume):
                 return endpoint.state(volume)
+            case messages.Heads(volumes):
+                return endpoint.heads(volumes)
             case messages.Estimate(volume, base, to):
                 return endpoint.estimate(volume, base, to)
             case messages.GetCrl():

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 
+from backends.base import OneByOne
 from backends.image import probe, replica, snapshotting, source
 from backends.image.catalog import Catalog
 from backends.image.context import Context
@@ -48,7 +49,7 @@ def _utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-class ImageBackend:
+class ImageBackend(OneByOne):
     """Raw disk images in a directory; see :mod:`backends.image` for what is where. Thread-safe.
 
     :param path: the storage's directory; it must exist, and may come and go

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from backends.zfs import aside, cursors, placeholders, privileges, properties, renaming, replica, sending, taking_over
+from backends.base import OneByOne
+from backends.zfs import (
+    aside,
+    cursors,
+    destroying,
+    many,
+    placeholders,
+    privileges,
+    properties,
+    renaming,
+    replica,
+    sending,
+    taking_over,
+)
 from backends.zfs.binding import LibraryChoice, installed
 from backends.zfs.commands import LIST_DEADLINE, Runner, SystemRunner
 from backends.zfs.context import Context
@@ -18,13 +31,19 @@ from backends.zfs.taking_over import Terms
 from backends.zfs.workers import Workers
 from replicator import names
 from replicator.cancellation import Cancellation
-from replicator.endpoint import DigestBatch, DigestRequest, ReceiveRequest, SendRequest
-from replicator.errors import InvalidName, NoSuchVolume, SnapshotHeld, Unsupported, VolumeBusy
+from replicator.endpoint import DigestBatch, DigestRequest, Head, ReceiveRequest, SendRequest, VolumeListing
+from replicator.errors import (
+    NoSuchVolume,
+    ReplicatorError,
+    SnapshotHeld,
+    StorageUnavailable,
+    Unsupported,
+    VolumeBusy,
+)
 from replicator.model import (
     Capability,
     Lack,
     Lineage,
-    Origin,
     Property,
     Role,
     StorageInfo,
@@ -57,7 +76,7 @@ WARNINGS_AGE = 60.0
 _MAX_WARNINGS = 20
 
 
-class ZfsBackend:
+class ZfsBackend(OneByOne):
     """The datasets and zvols below one dataset; see :mod:`backends.zfs`. Thread-safe.
 
     :param root: the dataset that holds the volumes; it must exist, and its pool may come and go
@@ -170,34 +189,33 @@ class ZfsBackend:
         """See :class:`~backends.base.Backend`."""
         found, _ = self._context.listing.all()
         return tuple(
-            VolumeInfo(VolumeId(self.name, volume), dataset.volsize, dataset.lineage, self._origin(dataset))
+            VolumeInfo(
+                VolumeId(self.name, volume), dataset.volsize, dataset.lineage, many.origin_of(self._context, dataset)
+            )
             for volume, dataset in found
             if not aside.is_passage(volume) and not placeholders.is_arrival(volume)
         )
 
-    def _origin(self, dataset: Dataset) -> Origin | None:
-        """What a clone began as, where that is a volume of this storage."""
-        name, _, snapshot = dataset.origin.partition("@")
-        try:
-            return Origin(VolumeId(self.name, self._context.names.volume(name)), names.check_snapshot(snapshot))
-        except InvalidName:
-            return None
-
     def state(self, volume: str) -> VolumeState | None:
         """See :class:`~backends.base.Backend`."""
-        found = aside.look(self._context, volume)
-        if found is None or found.is_placeholder:
-            return None
-        resume = found.token.resume if found.token is not None else None
-        return VolumeState(
-            VolumeId(self.name, volume),
-            found.volsize,
-            found.versions,
-            found.lineage,
-            resume,
-            found.head_changed,
-            self._origin(found),
+        return many.state_of(self._context, volume, aside.look(self._context, volume))
+
+    def states(self, volumes: Sequence[str]) -> tuple[VolumeListing, ...]:
+        """See :class:`~backends.base.Backend`."""
+        try:
+            found = many.states(self._context, volumes)
+        except StorageUnavailable as error:
+            return tuple(VolumeListing(VolumeId(self.name, volume), None, error) for volume in volumes)
+        except ReplicatorError:  # of one of them: it must not keep us from the others
+            found = {}
+        alone = {listing.volume.name: listing for listing in super().states([v for v in volumes if v not in found])}
+        return tuple(
+            alone.get(volume) or VolumeListing(VolumeId(self.name, volume), found[volume]) for volume in volumes
         )
+
+    def heads(self, volumes: Sequence[str]) -> tuple[Head, ...]:
+        """See :class:`~backends.base.Backend`."""
+        return many.heads(self._context, volumes)
 
     def set_lineage(self, volume: str, lineage: Lineage) -> None:
         """See :class:`~backends.base.Backend`. The form of its streams is pinned with it."""
@@ -255,11 +273,13 @@ class ZfsBackend:
         held = self._context.look(volume) if perhaps_held else None
         tags = held.find(there.guid) if held is not None else None
         if tags is not None and tags.holds:
-            raise SnapshotHeld(
-                f"snapshot {there.name} of {self.name}:{volume} is held by {', '.join(tags.holds)}",
-                hint="the job that holds it releases it once its target has a newer one",
-            )
+            raise destroying.held(self._context.names.label(volume), tags)
         raise error
+
+    def destroy_all(self, volume: str, versions: Sequence[VersionRef]) -> dict[VersionRef, ReplicatorError]:
+        """See :class:`~backends.base.Backend`."""
+        dataset = self._context.look(volume)
+        return destroying.destroy_all(self._context, volume, dataset, versions) if dataset is not None else {}
 
     def _find(self, volume: str, ref: VersionRef, kind: VersionKind) -> tuple[Dataset, Version] | None:
         dataset = self._context.look(volume)

@@ -167,9 +167,9 @@ class Listing:
             return None
         problems: list[str] = []
         own = [row for row in rows if row.type in ("snapshot", "bookmark")]
-        held = self._holds([row.name for row in own if row.type == "snapshot" and (row.number("userrefs") or 0) > 0])
-        versions = list(_versions(own, held, problems))
-        found = _dataset(head, {v.guid for v in versions}, problems)
+        held = self.holds([row.name for row in own if row.type == "snapshot" and (row.number("userrefs") or 0) > 0])
+        versions = ordered_versions(own, held, problems)
+        found = dataset_of(head, {v.guid for v in versions}, problems)
         children = tuple(row.name for row in rows if row.name.startswith(f"{name}/"))
         return replace(found, versions=tuple(versions), children=children, problems=tuple(problems))
 
@@ -179,7 +179,7 @@ class Listing:
         What belongs to it by a snapshot's guid alone is not recognised; :meth:`dataset` does.
         """
         rows = self.rows((name,), "looking at", name)
-        return _dataset(rows[0], (), []) if rows else None
+        return dataset_of(rows[0], (), []) if rows else None
 
     def all(self) -> tuple[list[tuple[str, Dataset]], list[str]]:
         """All volumes below the root by name, without their versions; and what is wrong with some.
@@ -202,7 +202,7 @@ class Listing:
                 problems.append(f"{row.name} is left out: {error}")
                 continue
             mine: list[str] = []
-            dataset: Dataset | None = _dataset(row, (), mine)
+            dataset: Dataset | None = dataset_of(row, (), mine)
             if dataset is not None and dataset.lineage is None and _owned_by_a_snapshot(row, owners):
                 dataset = self.dataset(row.name)
                 mine = list(dataset.problems) if dataset is not None else []
@@ -220,8 +220,8 @@ class Listing:
             f"[storage.{storage}]",
         )
 
-    def _holds(self, snapshots: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """The tags that hold these snapshots."""
+    def holds(self, snapshots: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """The tags that hold these snapshots, by their full names."""
         found: dict[str, list[str]] = {}
         for start in range(0, len(snapshots), _HOLDS_AT_ONCE):
             part = snapshots[start : start + _HOLDS_AT_ONCE]
@@ -242,7 +242,11 @@ def _owned_by_a_snapshot(row: Row, owners: dict[str, str]) -> bool:
     return of not in (_NO_VALUE, owners.get(row.name.rpartition("/")[0], _NO_VALUE))
 
 
-def _dataset(row: Row, guids: Iterable[str], problems: list[str]) -> Dataset:
+def dataset_of(row: Row, guids: Iterable[str], problems: list[str]) -> Dataset:
+    """The dataset of a row, without its versions; what cannot be read of it is a problem.
+
+    :param guids: of snapshots that it has
+    """
     token = None
     if row["receive_resume_token"] != _NO_VALUE:
         try:
@@ -280,7 +284,8 @@ def versions_of(rows: Iterable[Row], held: dict[str, tuple[str, ...]]) -> list[V
     return [version for row in rows if (version := _version(row, held)) is not None]
 
 
-def _versions(rows: Iterable[Row], held: dict[str, tuple[str, ...]], problems: list[str]) -> list[Version]:
+def ordered_versions(rows: Iterable[Row], held: dict[str, tuple[str, ...]], problems: list[str]) -> list[Version]:
+    """Snapshots and bookmarks of one dataset, oldest first; what cannot be used is a problem."""
     found = []
     for row in rows:
         version = _version(row, held)

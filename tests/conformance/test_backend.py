@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from replicator.cancellation import Cancellation
-from replicator.endpoint import DigestRequest
+from replicator.endpoint import DigestRequest, Head
 from replicator.errors import (
     Cancelled,
     InvalidName,
@@ -93,6 +93,52 @@ def test_lineage_is_stored(case: BackendCase) -> None:
 def test_lineage_needs_a_volume(case: BackendCase) -> None:
     with pytest.raises(NoSuchVolume):
         case.backend.set_lineage("vm", PRIMARY)
+
+
+def test_the_states_of_many_volumes(case: BackendCase) -> None:
+    names = ("vm-2", "prox1/vm-3", "vm-1")
+    for name in names:
+        case.create(name, DATA)
+    case.backend.set_lineage("vm-2", PRIMARY)
+    one = take(case, "one", "vm-1")
+    case.backend.hold("vm-1", one.ref, "replicator:a")
+    take(case, "two", "vm-1")
+    take(case, "one", "vm-2")
+    if Capability.BOOKMARKS in case.backend.capabilities:
+        case.bookmark("vm-1", one)
+    wanted = ("vm-1", "missing", "prox1/vm-3", "vm-2", "prox1")
+    found = case.backend.states(wanted)
+    assert [(each.volume, each.error) for each in found] == [(VolumeId("store", name), None) for name in wanted]
+    assert [each.state for each in found] == [case.backend.state(name) for name in wanted]
+    assert [each.state is None for each in found] == [False, True, False, False, True]
+    assert case.backend.states(()) == ()
+
+
+def test_the_heads_of_volumes(case: BackendCase) -> None:
+    """Not every storage can tell; what one tells must be right."""
+    for name in ("vm", "other", "empty"):
+        case.create(name, DATA)
+    take(case, "one")
+    two = take(case, "two")
+    take(case, "one", "other")
+    case.backend.hold("vm", two.ref, "replicator:a")
+    case.backend.set_lineage("vm", PRIMARY)
+    heads = {head.volume.name: head for head in case.backend.heads(("vm", "missing", "other", "empty"))}
+    if case.backend.kind == "image":  # a file does not say whether it was written to
+        assert not heads
+        return
+    assert heads["vm"] == Head(VolumeId("store", "vm"), versions(case)[-1], False, PRIMARY)
+    assert versions(case)[-1].holds == ("replicator:a",)
+    assert (heads["other"].changed, heads["other"].lineage) == (False, None)
+    assert (heads["empty"].changed, heads["empty"].newest) == (True, None)
+    assert "missing" not in heads
+    case.write("other", case.unit, b"changed".ljust(case.unit, b"."))
+    assert [head.changed for head in case.backend.heads(("vm", "other"))] == [False, True]
+    case.reopen()
+    assert [head.changed for head in case.backend.heads(("vm", "other"))] == [False, True]
+    newest = take(case, "two", "other")
+    (head,) = case.backend.heads(("other",))
+    assert (head.newest, head.changed) == (newest, False)
 
 
 @pytest.mark.parametrize("name", BAD_VOLUMES)
@@ -211,6 +257,22 @@ def test_the_identity_counts_and_not_the_name(case: BackendCase) -> None:
     assert versions(case) == (two,)
     case.backend.hold("vm", VersionRef("renamed", two.guid), "tag")
     assert versions(case)[0].holds == ("tag",)
+
+
+def test_destroying_many(case: BackendCase) -> None:
+    case.create("vm", DATA)
+    made = [take(case, f"s{number}") for number in range(7)]
+    case.backend.hold("vm", made[2].ref, "replicator:a")
+    failed = case.backend.destroy_all("vm", [version.ref for version in made[:6]] + [GONE])
+    assert list(failed) == [made[2].ref]
+    assert isinstance(failed[made[2].ref], SnapshotHeld)
+    assert failed[made[2].ref].hint
+    assert [version.name for version in versions(case)] == ["s2", "s6"]
+    case.backend.release("vm", made[2].ref, "replicator:a")
+    case.reopen()
+    assert case.backend.destroy_all("vm", [version.ref for version in made]) == {}
+    assert versions(case) == ()
+    assert case.backend.destroy_all("vm", []) == case.backend.destroy_all("missing", [GONE]) == {}
 
 
 def test_what_is_held_is_not_destroyed(case: BackendCase) -> None:

@@ -112,6 +112,8 @@ def test_volume_names_that_are_refused(case: EndpointCase, name: str) -> None:
     volume = VolumeId("store", name)
     for ask in (
         lambda: case.endpoint.state(volume),
+        lambda: case.endpoint.states((SOURCE, volume)),
+        lambda: case.endpoint.heads((SOURCE, volume)),
         lambda: case.endpoint.snapshot(SnapshotRequest((volume,), "one")),
         lambda: case.endpoint.hold(volume, GONE, TAG),
         lambda: case.endpoint.abort_receive(volume),
@@ -121,6 +123,34 @@ def test_volume_names_that_are_refused(case: EndpointCase, name: str) -> None:
     ):
         with pytest.raises((InvalidName, NotAuthorized)):
             ask()
+
+
+def test_states_and_heads(case: EndpointCase) -> None:
+    case.storage.create(REPLICA.name, DATA)
+    one = take(case)
+    wanted = (REPLICA, MISSING, SOURCE)
+    found = case.endpoint.states(wanted)
+    assert [each.volume for each in found] == list(wanted)
+    assert [each.get() for each in found] == [case.endpoint.state(volume) for volume in wanted]
+    (twice, again) = case.endpoint.states((SOURCE, SOURCE))
+    assert twice == again
+    heads = case.endpoint.heads(wanted)
+    assert set(heads) == set(case.local.heads(wanted))
+    assert {head.newest for head in heads if head.volume == SOURCE} <= {one}
+    assert case.endpoint.states(()) == ()
+    assert case.endpoint.heads(()) == ()
+
+
+def test_a_storage_that_is_not_there_keeps_nobody_from_the_others(case: EndpointCase) -> None:
+    absent = VolumeId("absent", "two/vm")
+    found = case.endpoint.states((SOURCE, absent))
+    assert found[0].get() == case.endpoint.state(SOURCE)
+    with pytest.raises(StorageUnavailable) as caught:
+        found[1].get()
+    assert caught.value.hint
+    assert case.endpoint.state(SOURCE) is not None
+    with pytest.raises(StorageUnavailable):
+        case.endpoint.heads((SOURCE, absent))
 
 
 # -- sources

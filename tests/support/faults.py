@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -11,11 +11,13 @@ from replicator.endpoint import (
     DigestBatch,
     DigestRequest,
     Endpoint,
+    Head,
     PruneOutcome,
     PruneRequest,
     ReceiveRequest,
     SendRequest,
     SnapshotRequest,
+    VolumeListing,
 )
 from replicator.model import Lineage, Property, StorageInfo, Version, VersionRef, VolumeId, VolumeInfo, VolumeState
 from replicator.streams import Chunk, ChunkStream, Stream
@@ -91,6 +93,14 @@ class FaultyEndpoint:
     def state(self, volume: VolumeId) -> VolumeState | None:
         self._fail("state", Point.BEFORE)
         return self._inner.state(volume)
+
+    def states(self, volumes: Sequence[VolumeId]) -> tuple[VolumeListing, ...]:
+        self._fail("states", Point.BEFORE)
+        return self._inner.states(volumes)
+
+    def heads(self, volumes: Sequence[VolumeId]) -> tuple[Head, ...]:
+        self._fail("heads", Point.BEFORE)
+        return self._inner.heads(volumes)
 
     def ensure_primary(self, volume: VolumeId) -> Lineage:
         self._fail("ensure_primary", Point.BEFORE)

@@ -76,7 +76,7 @@ def test_runs(recording: Recording, history: History, metrics: Metrics) -> None:
     recording.transfer_progress(KEY, Progress("tank:vm-1", "prox2:backup", "a", 1, 2, 3, 50.0))
     assert 'replicator_transfer_bytes_per_second{job="vms",target="prox2:backup"} 50.0' in exposed(metrics)
     recording.run_finished(report("ok"), NOW - timedelta(seconds=30), NEWEST)
-    recording.replica_seen(KEY, NEWEST, 7)
+    recording.replica_seen(KEY, NEWEST, 7, None)
     recording.transfer_progress(KEY, None)
     (run,) = history.runs()
     assert (run.seconds, run.finished, run.snapshot_guid, run.bytes_sent) == (3.0, NOW, "guid-1", 40)

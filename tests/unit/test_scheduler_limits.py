@@ -178,3 +178,53 @@ def test_many_threads_never_exceed_the_limits() -> None:
     assert most[0] <= 4
     assert most[1] <= 2
     assert (slots.running, slots.waiting) == (0, 0)
+
+
+def test_a_pool_is_shared_by_all_nodes() -> None:
+    slots = Slots(8, 8, 2, patience=DEADLINE)
+    never = Cancellation()
+    with (
+        slots.slot("v1", "b:s", "b", never, pools=("tank",)),
+        slots.slot("v2", "c:s", "c", never, pools=("tank", "other")),
+        slots.slot("v3", "b:s", "b", never, pools=("other",)),
+    ):
+        impatient = Slots(8, 8, 1, patience=0.01)
+        with (
+            impatient.slot("v1", "b:s", "b", never, pools=("tank",)),
+            impatient.slot("v2", "c:s", "c", never, pools=("other",)),
+            pytest.raises(DeadlineExceeded, match="1 per pool"),
+            impatient.slot("v3", "c:s", "c", never, pools=("other", "tank")),
+        ):
+            pass
+        assert slots.running == 3
+    assert slots.running == 0
+    with pytest.raises(ValueError, match="at least 1"):
+        Slots(2, 2, 0)
+
+
+def test_who_waits_for_a_pool_is_not_overtaken() -> None:
+    """The first waits for pool tank. A later one for the same pool must not get it first, nor the peer's last place."""
+    slots = Slots(8, 2, 1, patience=DEADLINE)
+    order: list[str] = []
+    done = threading.Event()
+
+    def work(volume: str, node: str, pools: tuple[str, ...]) -> None:
+        with slots.slot(volume, f"{node}:s", node, Cancellation(), pools=pools):
+            order.append(volume)
+            if volume == "free":
+                done.set()
+
+    with slots.slot("first", "b:s", "b", Cancellation(), pools=("tank",)):
+        threads = []
+        for count, (volume, node, pools) in enumerate(
+            [("second", "b", ("tank",)), ("third", "c", ("tank",)), ("fourth", "b", ()), ("free", "d", ("other",))]
+        ):
+            threads.append(threading.Thread(target=work, args=(volume, node, pools), daemon=True))
+            threads[-1].start()
+            if volume != "free":
+                assert seen(lambda wanted=count + 1: slots.waiting == wanted)  # type: ignore[misc]
+        assert done.wait(DEADLINE)
+        assert order == ["free"]
+    for thread in threads:
+        thread.join(DEADLINE)
+    assert order.index("second") < order.index("third")

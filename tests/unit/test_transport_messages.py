@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from replicator.endpoint import (
     MAX_RANGES,
     DigestRequest,
+    Head,
     PruneOutcome,
     PruneRequest,
     Range,
@@ -21,8 +22,9 @@ from replicator.endpoint import (
     ReceiveRequest,
     SendRequest,
     SnapshotRequest,
+    VolumeListing,
 )
-from replicator.errors import InvalidName, ProtocolError, ReplicatorError
+from replicator.errors import InvalidName, NoSpace, ProtocolError, ReplicatorError
 from replicator.model import (
     Capability,
     Lineage,
@@ -41,12 +43,18 @@ from replicator.model import (
 from transport import messages
 from transport.messages import (
     ANSWERS,
+    MAX_VOLUMES,
+    PART_VERSIONS,
     REQUEST_CAP,
+    Fault,
+    Listed,
     Request,
+    StatesPart,
     decode_answer,
     decode_request,
     encode_answer,
     encode_request,
+    in_parts,
 )
 
 KEY = "ab" * 32
@@ -82,6 +90,8 @@ REQUESTS: list[Request] = [
     messages.Rename(VOLUME, VolumeId("tank", "new")),
     messages.Properties(VOLUME),
     messages.Receive(replace(RECEIVE, origin=VOLUME, properties=(Property("compression", "lz4"),)), None),
+    messages.States((VOLUME, VolumeId("tank", "two/vm-2"))),
+    messages.Heads((VOLUME,)),
 ]
 
 
@@ -111,10 +121,43 @@ def test_every_request_has_a_sample_and_an_answer() -> None:
             VolumeState(VOLUME, 5, (VERSION, replace(VERSION, kind=VersionKind.BOOKMARK)), LINEAGE, RESUME),
         ),
         (tuple[PruneOutcome, ...], (PruneOutcome(VERSION, False, "old", "busy"),)),
+        (tuple[Head, ...], (Head(VOLUME, VERSION, True, LINEAGE, partial=True), Head(VOLUME, None, False, None))),
+        (
+            StatesPart,
+            StatesPart((Listed(VOLUME, None, Fault("no_space", "full", "")), Listed(VOLUME, None, None)), more=True),
+        ),
     ],
 )
 def test_answers_come_out_as_they_went_in(kind: Any, value: Any) -> None:
     assert decode_answer(kind, encode_answer(kind, value)) == value
+
+
+def listing(versions: int) -> VolumeListing:
+    return VolumeListing(VOLUME, VolumeState(VOLUME, 5, (VERSION,) * versions, None))
+
+
+def test_a_long_listing_is_answered_in_parts() -> None:
+    failed = VolumeListing(VOLUME, None, NoSpace("full", hint="make room"))
+    listings = [listing(PART_VERSIONS - 2), listing(0), failed, listing(PART_VERSIONS + 5), listing(1)]
+    parts = list(in_parts(listings))
+    assert [(len(part.listed), part.more) for part in parts] == [(2, True), (2, True), (1, False)]
+    back = [listed.listing for part in parts for listed in part.listed]
+    assert [each.state for each in back] == [each.state for each in listings]
+    error = back[2].error
+    assert isinstance(error, NoSpace)
+    assert (str(error), error.hint) == (str(failed.error), "make room")
+    with pytest.raises(NoSpace):
+        back[2].get()
+    assert [part.more for part in in_parts([listing(2 * PART_VERSIONS)])] == [False]
+    assert list(in_parts([])) == [StatesPart((), more=False)]
+
+
+@pytest.mark.parametrize("kind", [messages.States, messages.Heads])
+def test_how_many_volumes_may_be_asked_for(kind: type[messages.States | messages.Heads]) -> None:
+    encode_request(kind((VOLUME,) * MAX_VOLUMES))
+    for volumes in ((), (VOLUME,) * (MAX_VOLUMES + 1)):
+        with pytest.raises(ProtocolError):
+            encode_request(kind(volumes))
 
 
 def change(request_: Request, path: str, value: object) -> bytes:

@@ -1,0 +1,324 @@
+"""Runs over volumes that do not change: no snapshot, nothing sent, and a lag that is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from backends.memory import MemoryBackend
+from replicator import config, tidying
+from replicator.cancellation import Cancellation
+from replicator.control import RunReport
+from replicator.endpoint import Endpoint, Head, SnapshotRequest
+from replicator.errors import StorageUnavailable
+from replicator.local import LocalEndpoint
+from replicator.model import Lineage, Progress, Role, Version, VersionKind, VolumeId, snapshot_name
+from replicator.planning import SendPolicy
+from replicator.replication import Limits
+from replicator.runs import Runner
+from replicator.settings import Job
+from replicator.settling import settled
+from replicator.tidying import Tidying
+from replicator.tracker import ReplicaKey, Tracker
+from scheduler.limits import Slots
+from tests.support.faults import Fault, FaultyEndpoint, Point
+from tests.support.versions import at
+from transport import checksum
+
+VOLUMES = ("vm-1", "vm-2", "vm-3")
+START = datetime(2026, 11, 20, 8, tzinfo=UTC)
+CONFIG = """
+[node]
+name = "a"
+[network]
+cluster = "10.99.0.0/24"
+listen = "10.99.0.1:8571"
+[storage.store]
+kind = "zfs"
+root = "tank/vm"
+[peer.b]
+address = "10.99.0.2:8571"
+[peer.c]
+address = "10.99.0.3:8571"
+[job.vms]
+source = "store:*"
+targets = {targets}
+{rest}
+"""
+
+
+class Watched(FaultyEndpoint):
+    """Notes every call, and does something just before one of them."""
+
+    def __init__(self, inner: Endpoint) -> None:
+        super().__init__(inner)
+        self.calls: list[str] = []
+        self.before: dict[str, Callable[[], None]] = {}
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name.startswith("_") or name in ("calls", "before", "fault", "node"):
+            return found
+        self.calls.append(name)
+        act = self.before.pop(name, None)
+        if act is not None:
+            act()
+        return found
+
+
+class World:
+    """Node a with volumes, nodes b and c for their replicas; all in memory."""
+
+    def __init__(self, *, targets: str = '["b:store"]', rest: str = "") -> None:
+        self.now = START
+        self.memory = {name: MemoryBackend("store", checksums=checksum, clock=lambda: self.now) for name in "abc"}
+        self.endpoints = {name: Watched(LocalEndpoint(name, {"store": m})) for name, m in self.memory.items()}
+        self.node = "a"
+        self.tracker = Tracker()
+        self.seen: list[tuple[ReplicaKey, datetime | None]] = []
+        self.configure(targets=targets, rest=rest)
+        self.runner = Runner(
+            self, self.tracker, self, Slots(4, 2), limits=Limits(), pacers=lambda *_: (), clock=lambda: self.now
+        )
+        for volume in VOLUMES:
+            self.memory["a"].create(volume, volume.encode())
+
+    def configure(self, *, targets: str = '["b:store"]', rest: str = "") -> None:
+        self.job = config.parse(CONFIG.format(targets=targets, rest=rest)).jobs["vms"]
+
+    # -- Network and Recorder
+
+    def endpoint(self, node: str, job: Job | None = None) -> Endpoint:  # noqa: ARG002
+        return self.endpoints[node]
+
+    def pool(self, node: str, storage: str) -> str | None:
+        return storage if node == self.node else None
+
+    def run_finished(self, report: RunReport, started: datetime, newest: Version | None) -> None:
+        pass
+
+    def transfer_progress(self, key: ReplicaKey, progress: Progress | None) -> None:
+        pass
+
+    def replica_seen(self, key: ReplicaKey, newest: Version | None, backlog: int, as_of: datetime | None) -> None:
+        del newest, backlog
+        self.seen.append((key, as_of))
+
+    def replicas_gone(self, keys: Iterable[ReplicaKey]) -> None:
+        pass
+
+    # -- what tests do
+
+    def run(self) -> list[RunReport]:
+        self.now += timedelta(minutes=1)
+        for endpoint in self.endpoints.values():
+            endpoint.calls.clear()
+        self.notes: list[object] = []
+        reports = self.runner.run(self.job, None, None, self.notes.append, Cancellation())
+        assert [report.outcome for report in reports] == ["ok"] * len(reports), reports
+        return list(reports)
+
+    def snapshots(self, node: str = "a", volume: str = "vm-1") -> list[str]:
+        state = self.memory[node].state(volume if node == "a" else f"a/{volume}")
+        return [] if state is None else [version.name for version in state.snapshots]
+
+    def calls(self, node: str) -> set[str]:
+        return set(self.endpoints[node].calls)
+
+    def lag(self, volume: str = "vm-1", target: str = "b:store") -> float | None:
+        return self.tracker.get(ReplicaKey("vms", f"store:{volume}", target)).lag(self.now)
+
+
+def test_what_does_not_change_costs_a_question_to_each_node() -> None:
+    world = World()
+    assert [report.steps for report in world.run()] == [1, 1, 1]
+    assert world.calls("a") > {"snapshot", "send", "heads"}
+    before = {node: [world.snapshots(node, volume) for volume in VOLUMES] for node in "ab"}
+    world.run()
+    world.now += timedelta(hours=3)
+    reports = world.run()
+    assert [(r.volume, r.steps, r.done, r.snapshot) for r in reports] == [
+        (f"store:{volume}", 0, 0, world.snapshots("b", volume)[-1]) for volume in VOLUMES
+    ]
+    assert world.calls("a") == {"volumes", "heads"}
+    assert world.calls("b") == {"heads"}
+    assert before == {node: [world.snapshots(node, volume) for volume in VOLUMES] for node in "ab"}
+    assert "0 volumes snapshotted, 3 unchanged" in str(world.notes[0])
+
+
+def test_the_lag_is_that_of_the_last_look() -> None:
+    world = World()
+    world.run()
+    assert world.lag() == 0
+    world.now += timedelta(hours=1)
+    assert world.lag() == 3600
+    world.run()
+    assert world.lag() == 0
+    assert world.seen[-1] == (ReplicaKey("vms", "store:vm-3", "b:store"), world.now)
+    looked = world.now
+    world.now += timedelta(minutes=5)
+    assert world.lag() == 300
+    # Somebody writes, and the target cannot be reached: what was seen before stays true, and nothing newer is.
+    world.memory["a"].write("vm-1", 0, b"!")
+    world.runner.survey(world.runner.tasks(world.job)[0])
+    assert world.lag() == (world.now - looked).total_seconds()
+    world.runner.survey_all(world.runner.tasks(world.job))
+    assert world.lag() == (world.now - looked).total_seconds()
+    assert world.lag("vm-2") == 0
+
+
+def test_only_what_changed_is_snapshotted() -> None:
+    world = World()
+    world.run()
+    world.memory["a"].write("vm-2", 0, b"!")
+    assert [report.steps for report in world.run()] == [0, 0, 1]
+    assert [len(world.snapshots("a", volume)) for volume in VOLUMES] == [1, 2, 1]
+    assert world.snapshots("b", "vm-2") == world.snapshots("a", "vm-2")
+    assert world.memory["b"].read("a/vm-2") == b"!m-2"
+    assert world.calls("a") >= {"snapshot"}
+    assert "ensure_primary" in world.calls("a")  # by the one that is sent; it is the only one
+    assert world.endpoints["a"].calls.count("ensure_primary") == 1
+    assert "1 volume snapshotted, 2 unchanged" in str(world.notes[0])
+
+
+def test_snapshots_of_one_run_are_of_one_instant() -> None:
+    """What was unchanged when the run began, and is written to before the others are snapshotted, is snapshotted with
+    them: together they must be what the volumes were at one moment."""
+    world = World()
+    world.run()
+    world.memory["a"].write("vm-2", 0, b"!")
+    world.endpoints["a"].before["snapshot"] = lambda: world.memory["a"].write("vm-3", 0, b"?")
+    world.endpoints["a"].before["storage"] = lambda: setattr(world, "now", world.now + timedelta(seconds=1))
+    assert [report.steps for report in world.run()] == [1, 1, 1]
+    newest = {world.snapshots("b", volume)[-1] for volume in VOLUMES}
+    assert len(newest) == 1
+    assert world.memory["b"].read("a/vm-3") == b"?m-3"
+
+
+def test_a_new_target_gets_what_there_is() -> None:
+    world = World()
+    world.run()
+    taken = [world.snapshots("a", volume) for volume in VOLUMES]
+    world.configure(targets='["b:store", "c:store"]')
+    reports = world.run()
+    assert sorted((report.target, report.steps) for report in reports) == [("b:store", 0)] * 3 + [("c:store", 1)] * 3
+    assert [world.snapshots("a", volume) for volume in VOLUMES] == taken
+    assert [world.snapshots("c", volume) for volume in VOLUMES] == taken
+    world.run()
+    assert world.calls("c") == {"heads"}
+
+
+@pytest.mark.parametrize(
+    "rest",
+    ['unchanged = "snapshot"', 'quiesce = {before = ["/bin/true"], after = ["/bin/true"], timeout = "10s"}'],
+)
+def test_jobs_that_want_a_snapshot_each_time(rest: str) -> None:
+    world = World(rest=rest)
+    world.run()
+    assert [report.steps for report in world.run()] == [1, 1, 1]
+    assert "heads" not in world.calls("a")
+
+
+def test_where_nobody_can_tell_all_is_done() -> None:
+    world = World()
+    world.run()
+    for node in "ab":
+        world.endpoints[node].fault = Fault("heads", Point.BEFORE, StorageUnavailable("busy", hint=""))
+        assert [report.steps for report in world.run()] == [1, 1, 1]
+        assert world.endpoints[node].fault is None
+
+
+def test_a_policy_that_keeps_less_counts_for_what_does_not_change() -> None:
+    world = World(rest='keep = {source = "last=5", target = "last=5"}')
+    for number in range(4):
+        world.memory["a"].write("vm-1", 0, bytes([number]))
+        world.run()
+    world.run()
+    assert world.calls("b") == {"heads"}
+    world.configure(rest='keep = {source = "last=2", target = "last=3"}')
+    world.run()
+    assert world.endpoints["b"].calls.count("prune") == 1  # only where there is anything to destroy
+    assert (len(world.snapshots("a")), len(world.snapshots("b"))) == (2, 3)
+    world.run()
+    assert world.calls("b") == {"heads"}
+
+
+def test_when_volumes_that_stand_still_are_looked_at() -> None:
+    now = 0.0
+    tidy = Tidying(UTC, clock=lambda: now)
+    world = World()
+    place = ("a", VolumeId("store", "vm-1"))
+    (task, *_) = world.runner.tasks(world.job)
+    request = world.runner.target_prune_request(task, None, dry_run=False)
+    assert tidy.due({place: request}) == {place}
+    assert tidy.due({place: request}) == frozenset()
+    now += tidying.INTERVAL
+    tidy.done(place, request)
+    assert tidy.due({place: request}) == frozenset()
+    now += tidying.INTERVAL
+    assert tidy.due({place: request}) == {place}
+    assert not tidy.has_work(request, None)
+
+
+# -- when a replica is settled
+
+PRIMARY = Lineage("6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00", Role.PRIMARY, 3)
+REPLICA = Lineage(PRIMARY.uuid, Role.REPLICA, 3)
+TAG = "replicator:vms:b:store"
+NEWEST = Version(snapshot_name("vms", START), "g1", at(1), 7, holds=(TAG,))
+OURS = Head(VolumeId("store", "vm"), NEWEST, False, PRIMARY)
+THEIRS = Head(VolumeId("store", "a/vm"), NEWEST, False, REPLICA)
+
+
+def changed_head(head: Head, **changes: object) -> Head:
+    newest = {key: changes.pop(key) for key in ("guid", "holds", "name") if key in changes}
+    return replace(head, newest=replace(NEWEST, **newest), **changes)  # type: ignore[arg-type]
+
+
+def test_settled() -> None:
+    found = settled(OURS, THEIRS, SendPolicy(job="vms"), TAG)
+    assert found is not None
+    assert (found.source, found.target) == (NEWEST, NEWEST)
+    renamed = changed_head(THEIRS, name="called otherwise there")
+    assert settled(OURS, renamed, SendPolicy(job="vms"), TAG) is not None
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (None, THEIRS),
+        (OURS, None),
+        (changed_head(OURS, changed=True), THEIRS),
+        (OURS, changed_head(THEIRS, changed=True)),
+        (OURS, changed_head(THEIRS, partial=True)),
+        (changed_head(OURS, guid="g2"), THEIRS),
+        (OURS, changed_head(THEIRS, guid="g2")),
+        (changed_head(OURS, holds=()), THEIRS),
+        (OURS, changed_head(THEIRS, holds=("replicator:other:b:store",))),
+        (changed_head(OURS, name="by-hand"), THEIRS),
+        (changed_head(OURS, lineage=None), THEIRS),
+        (changed_head(OURS, lineage=REPLICA), THEIRS),
+        (OURS, changed_head(THEIRS, lineage=None)),
+        (OURS, changed_head(THEIRS, lineage=PRIMARY)),
+        (OURS, changed_head(THEIRS, lineage=Lineage(REPLICA.uuid, Role.REPLICA, 2))),
+        (OURS, changed_head(THEIRS, lineage=Lineage("6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d01", Role.REPLICA, 3))),
+        (Head(OURS.volume, None, False, PRIMARY), Head(THEIRS.volume, None, False, REPLICA)),
+    ],
+)
+def test_not_settled(ours: Head | None, theirs: Head | None) -> None:
+    assert settled(ours, theirs, SendPolicy(job="vms"), TAG) is None
+
+
+def test_a_bookmark_is_no_newest_snapshot() -> None:
+    memory = MemoryBackend("store", checksums=checksum)
+    memory.create("vm", b"x")
+    (one,) = memory.snapshot(("vm",), "one")
+    memory.bookmark("vm", one.ref, "mark")
+    (head,) = memory.heads(("vm",))
+    assert head.newest is not None
+    assert head.newest.kind is VersionKind.SNAPSHOT
+    assert LocalEndpoint("a", {"store": memory}).snapshot(SnapshotRequest((VolumeId("store", "vm"),), "one")) == (one,)
