@@ -1,0 +1,154 @@
+"""Two guests with real OpenZFS for the benchmarks: replicator as a daemon on both, and its peers beside it.
+
+Datasets are below ``tank/src`` on node1. Ours replicates them into ``tank/dst`` of node2, the peers into ``tank/peer``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+from tests.lab.deploy import PYTHON, deploy
+from tests.lab.deploy import SOURCE as SOURCE_TREE
+from tests.lab.guests import Background, CommandFailed, Lab, LabError, Node
+
+REPLICATOR = "/opt/replicator/bin/replicator"
+CONFIG = "/etc/replicator/replicator.toml"
+SOURCE, TARGET, PEER = "tank/src", "tank/dst", "tank/peer"
+JOB = "j"
+LONG = 3600.0
+"""Seconds: emulated machines are slow."""
+_START = 120.0
+
+_NODE = """[node]
+name = "{name}"
+state_dir = "/var/lib/replicator"
+[network]
+cluster = "10.99.0.0/24"
+listen = "{address}:8571"
+http = ""
+[limits]
+connect_timeout = "60s"
+"""
+_ONE = f"""[storage.src]
+kind = "zfs"
+root = "{SOURCE}"
+[peer.node2]
+address = "10.99.0.2:8571"
+[job.{JOB}]
+source = "src:*"
+targets = ["node2:dst"]
+schedule = "2099-01-01"
+intermediates = "all"
+keep = {{source = "all", target = "all"}}
+"""
+_TWO = f"""[storage.dst]
+kind = "zfs"
+root = "{TARGET}"
+[peer.node1]
+address = "10.99.0.1:8571"
+may_push_to = ["dst"]
+"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What something took.
+
+    :ivar cpu: seconds of processor time of both guests
+    """
+
+    seconds: float
+    cpu: float
+
+
+class Nodes:
+    """node1, which replicates, and node2; both with a pool, and in a cluster."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.one, self.two = lab.nodes[:2]
+        self.nodes = (self.one, self.two)
+        self._daemons: dict[int, Background] = {}
+
+    def prepare(self) -> None:
+        """Pools, our program, and a cluster of both; the daemons run afterwards."""
+        for node, rest in ((self.one, _ONE), (self.two, _TWO)):
+            deploy(node)
+            node.run("zpool", "create", "-O", "mountpoint=none", "tank", "/dev/vdb", timeout=120)
+            node.write(CONFIG, _NODE.format(name=node.name, address=node.address()) + rest)
+        self.one.run("zfs", "create", SOURCE)
+        self.two.run("zfs", "create", TARGET)
+        self.two.run("zfs", "create", PEER)
+        self.one.run(REPLICATOR, "cluster", "create", timeout=_START)
+        self.start(self.one)
+        said = self.one.run(REPLICATOR, "cluster", "invite", self.two.name, timeout=_START).out
+        token = re.findall(r"\brj1-\S+", said)[-1]
+        self.two.run(REPLICATOR, "cluster", "join", token, timeout=_START)
+        self.start(self.two)
+
+    def start(self, node: Node) -> None:
+        """Start the daemon and wait until it answers."""
+        daemon = node.start(REPLICATOR, "serve", log="/var/log/replicator.log")
+        self._daemons[node.index] = daemon
+        deadline = time.monotonic() + _START
+        while time.monotonic() < deadline and daemon.running():
+            with suppress(CommandFailed):
+                node.run(REPLICATOR, "status", timeout=_START)
+                return
+            time.sleep(0.5)
+        raise LabError(f"the daemon of {node.name} did not start", daemon.said())
+
+    def fill(self, datasets: int, snapshots: int) -> None:
+        """Datasets on node1, each with that many snapshots of our job."""
+        script = (
+            'for i in $(seq "$1"); do zfs create tank/src/vm-$i; done\n'
+            'for s in $(seq "$2"); do\n'
+            "  zfs snapshot -r tank/src@replicator_j_$(printf '20261119T%02d%02d00.000Z' $((s / 60)) $((s % 60)))\n"
+            "done\n"
+        )
+        self.one.run("sh", "-ec", script, "sh", str(datasets), str(snapshots), timeout=LONG)
+
+    def copy_for_peers(self, snapshots: int) -> None:
+        """All of it to node2, as zfs itself sends it."""
+        last = f"{SOURCE}@replicator_j_20261119T{snapshots // 60:02d}{snapshots % 60:02d}00.000Z"
+        self.one.run("sh", "-ec", f"zfs send -R {last} | ssh root@node2 zfs receive -u -F {PEER}", timeout=LONG)
+
+    def fill_with_data(self, name: str, size: int, snapshot: str) -> None:
+        """A dataset on node1 with ``size`` MiB of random data and a snapshot of our job."""
+        script = (
+            'zfs create -o "mountpoint=/mnt/$1" "tank/src/$1"; head -c "$2M" /dev/urandom > "/mnt/$1/data"\n'
+            'zfs snapshot "tank/src/$1@$3"; zpool sync tank\n'
+        )
+        self.one.run("sh", "-ec", script, "sh", name, str(size), snapshot, timeout=LONG)
+
+    @staticmethod
+    def destroy(node: Node, dataset: str) -> None:
+        """A dataset with its snapshots, held or not."""
+        script = (
+            'zfs list -H -o name -t snapshot "$1" | while read -r held; do\n'
+            '  zfs holds -H "$held" | cut -f 2 | while read -r tag; do zfs release "$tag" "$held"; done\n'
+            'done; zfs destroy -r "$1"\n'
+        )
+        node.run("sh", "-ec", script, "sh", dataset, timeout=LONG)
+
+    def run_job(self, volume: str = "") -> Cost:
+        """A run of our job by the daemon, of all volumes or one."""
+        return self._timed("run", JOB, *([volume] if volume else []))
+
+    def command(self, *argv: str) -> Cost:
+        """A command on node1."""
+        return self._timed("command", *argv)
+
+    def _timed(self, *words: str) -> Cost:
+        before = self._busy(self.two)
+        said = self.one.run(PYTHON, "-m", "benchmarks.zfs_guest", *words, timeout=LONG, cwd=SOURCE_TREE).out
+        found = json.loads(said.splitlines()[-1])
+        return Cost(found["seconds"], found["cpu"] + self._busy(self.two) - before)
+
+    @staticmethod
+    def _busy(node: Node) -> float:
+        user, nice, system, _idle, _wait, irq, softirq = map(int, node.read("/proc/stat").split()[1:8])
+        return (user + nice + system + irq + softirq) / 100
