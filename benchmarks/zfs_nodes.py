@@ -21,7 +21,7 @@ SOURCE, TARGET, PEER = "tank/src", "tank/dst", "tank/peer"
 JOB = "j"
 LONG = 3600.0
 """Seconds: emulated machines are slow."""
-_START = 120.0
+_START = 300.0
 
 _NODE = """[node]
 name = "{name}"
@@ -96,7 +96,7 @@ class Nodes:
         deadline = time.monotonic() + _START
         while time.monotonic() < deadline and daemon.running():
             with suppress(CommandFailed):
-                node.run(REPLICATOR, "status", timeout=_START)
+                node.run("grep", "-q", "daemon started", daemon.log)
                 return
             time.sleep(0.5)
         raise LabError(f"the daemon of {node.name} did not start", daemon.said())
