@@ -65,16 +65,15 @@ def release(config: Config, local: LocalEndpoint) -> None:
             volumes = local.volumes(storage)
         except ReplicatorError:  # it is not there: `check` says so
             continue
-        for volume in volumes:
-            if volume.lineage is None:
-                continue
+        for listing in local.states([volume.id for volume in volumes if volume.lineage is not None]):
+            volume = listing.volume
             try:
-                state = local.state(volume.id)
+                state = listing.get()
                 for found in find(state, config) if state is not None else ():
-                    local.release(volume.id, found.version.ref, found.tag)
+                    local.release(volume, found.version.ref, found.tag)
                     logs.event(
                         LOG, "info", "hold released",
-                        volume=volume.id, snapshot=found.version.name, hold=found.tag, why=found.why,
+                        volume=volume, snapshot=found.version.name, hold=found.tag, why=found.why,
                     )  # fmt: skip
             except ReplicatorError as error:
-                logs.event(LOG, "warning", "leftover holds not released", volume=volume.id, error=error)
+                logs.event(LOG, "warning", "leftover holds not released", volume=volume, error=error)
