@@ -226,9 +226,13 @@ class Engine:
 
     def _planned(self, task: Task, survey: Survey) -> PlannedReplica:
         key = task.key
-        notes: tuple[str, ...] = (
-            f"first takes the snapshot {snapshot_name(key.job, self._clock()).rpartition('_')[0]}_<now>",
+        name = snapshot_name(key.job, self._clock()).rpartition("_")[0]
+        first = (
+            "takes no snapshot: nothing was written since the newest"
+            if survey.quiet
+            else f"first takes the snapshot {name}_<now>"
         )
+        notes: tuple[str, ...] = (first,)
         if survey.error is not None or survey.plan is None:
             error = survey.error
             kind = getattr(error, "kind", "") or (error.code if error else "")

@@ -112,6 +112,7 @@ class Survey:
     """What listing both sides of a task showed.
 
     :ivar backlog: estimated bytes of snapshots that the target does not have yet
+    :ivar quiet: nothing was written to the volume since its newest snapshot, so a run takes none
     """
 
     common: Common | None
@@ -119,6 +120,7 @@ class Survey:
     backlog: int
     error: ReplicatorError | None = None
     sizes: tuple[int | None, ...] = ()
+    quiet: bool = False
 
 
 @dataclass(slots=True)
@@ -246,13 +248,20 @@ class Runner:
         asked = self._clock()
         pairs = [task.pair for task in tasks]
         heads, states = heads_of(pairs), states_of(pairs)
+        as_of: dict[ReplicaKey, datetime] = {}
+        quiet: set[VolumeId] = set()
+        for task in tasks:
+            source, target = (heads.get(place) for place in _places(task.pair))
+            if settled(source, target, self._policy(task.job), task.pair.tag) is not None:
+                as_of[task.key] = asked
+                if _skips_unchanged(task.job):
+                    quiet.add(task.pair.source_volume)
         found = {}
         for task in tasks:
-            pair = task.pair
-            source, target = _places(pair)
-            listed = (states[source], states[target]) if source in states and target in states else None
-            common = settled(heads.get(source), heads.get(target), self._policy(task.job), pair.tag)
-            found[task.key] = self._survey(task, listed, asked if common else None, sizes)
+            here, there = (states.get(place) for place in _places(task.pair))
+            listed = (here, there) if here is not None and there is not None else None
+            survey = self._survey(task, listed, as_of.get(task.key), sizes)
+            found[task.key] = replace(survey, quiet=task.pair.source_volume in quiet)
         return found
 
     def _survey(self, task: Task, listed: Listed | None, as_of: datetime | None, sizes: bool) -> Survey:
@@ -387,11 +396,9 @@ class Runner:
         the others have theirs: if it is unchanged still, its newest snapshot is its data of that instant as well, and
         if not, all of them are taken again together. (That look finds everything that was written before the
         instant: see :meth:`~replicator.endpoint.Endpoint.heads`.)
-
-        Where hooks make the data on a volume consistent, nothing can be said before they have run.
         """
         primaries: set[VolumeId] = set()
-        if job.quiesce is None and job.unchanged == "skip":
+        if _skips_unchanged(job):
             tasks = [task for entry in runs.values() for task in entry.tasks]
             heads = heads_of([task.pair for task in tasks])
             for task in tasks:
@@ -635,6 +642,12 @@ def ready_tasks(waiting: Sequence[Task], running: Iterable[Task]) -> frozenset[R
     if ready or running:
         return ready
     return frozenset(task.key for task in waiting)  # origins in a circle: no storage has that, a peer may say so
+
+
+def _skips_unchanged(job: Job) -> bool:
+    """Whether a volume that nobody wrote to gets no snapshot. Where hooks make the data consistent, nobody knows what
+    is on the volume before they have run."""
+    return job.quiesce is None and job.unchanged == "skip"
 
 
 def _places(pair: Pair) -> tuple[Place, Place]:

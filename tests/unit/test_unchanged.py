@@ -212,6 +212,22 @@ def test_a_new_target_gets_what_there_is() -> None:
     assert world.calls("c") == {"heads"}
 
 
+def test_a_plan_tells_of_what_is_quiet() -> None:
+    world = World()
+    tasks = world.runner.tasks(world.job)
+    assert {survey.quiet for survey in world.runner.survey_all(tasks).values()} == {False}
+    world.run()
+    world.memory["a"].write("vm-2", 0, b"!")
+    for endpoint in world.endpoints.values():
+        endpoint.calls.clear()
+    surveys = world.runner.survey_all(tasks)
+    assert [surveys[task.key].quiet for task in tasks] == [True, False, True]
+    assert {"state", "snapshot"}.isdisjoint(world.calls("a") | world.calls("b"))
+    world.configure(rest='unchanged = "snapshot"')
+    surveys = world.runner.survey_all(world.runner.tasks(world.job))
+    assert {survey.quiet for survey in surveys.values()} == {False}
+
+
 @pytest.mark.parametrize(
     "rest",
     ['unchanged = "snapshot"', 'quiesce = {before = ["/bin/true"], after = ["/bin/true"], timeout = "10s"}'],
