@@ -141,7 +141,7 @@ def privileges(config: Config, lacking: Callable[[str, Capability], tuple[Lack, 
         except ReplicatorError:  # it is not there, which is told already
             continue
         for lack in found:
-            yield Finding(f"storage {name}", Level.FAILED, lack.message, lack.remedy)
+            yield Finding(f"storage {name}", Level.FAILED if lack.needed else Level.WARNING, lack.message, lack.remedy)
 
 
 def jobs(config: Config, runner: Runner, endpoint: Callable[[str], Endpoint]) -> Iterator[Finding]:

@@ -270,10 +270,12 @@ class Lack:
     """Something that a storage needs for what it is used for, and has not.
 
     :ivar remedy: what to do, a command line where one does it
+    :ivar needed: whether it does not work without; else it is only slower
     """
 
     message: str
     remedy: str
+    needed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,14 +174,11 @@ class ZfsBackend(OneByOne):
 
     def lacking(self, uses: Capability) -> tuple[Lack, ...]:
         """See :class:`~backends.base.Backend`."""
-        context, account = self._context, privileges.Account.own()
-        context.require_root()
-        wanted = {right for use, rights in privileges.NEEDED.items() if use in uses for right in rights}
-        missing = ",".join(privileges.missing(context.runner, self.name, context.names.root, wanted, account))
-        if not missing:
-            return ()
-        message = f"user {account.user} is not allowed to {missing.replace(',', ', ')} on {context.names.root}"
-        return (Lack(message, f"zfs allow -u {account.user} {missing} {context.names.root}"),)
+        self._context.require_root()
+        lacking = list(privileges.lacking(self._context, uses, self._terms))
+        if unused := self._choice.probe():
+            lacking.append(Lack(unused, "apt install --reinstall python3-pyzfs python3-cffi", needed=False))
+        return tuple(lacking)
 
     # -- listings
 

@@ -1,8 +1,8 @@
 """libzfs_core through the distribution's Python binding (Debian: python3-pyzfs), where it can be used.
 
-Which is taken is decided at the first use. The binding must be of the same version as the zfs command: both are the
-same libzfs_core underneath, so whatever the command can do with this kernel, it can. And it must say truly that the
-storage's root is there. Where a worker is lost later (``workers.py``), the command does it all from then on.
+The binding must be of the same version as the zfs command: both are the same libzfs_core underneath, so whatever the
+command can do with this kernel, it can. Where a worker is lost (``workers.py``), the command does it all from then on.
+`replicator check` calls it once, and says which of the two it is.
 """
 
 from __future__ import annotations
@@ -46,6 +46,15 @@ class BindingLibrary:
     def warning(self) -> str:
         """See :class:`~backends.zfs.library.Library`."""
         return self._lost and f"{self._label} cannot be used, so the zfs command is: {self._lost}"
+
+    def probe(self, root: str) -> None:
+        """See whether it can be called: it must find a dataset that is there."""
+        try:
+            found = self._ask(LIST_DEADLINE, call="exists", dataset=root).get("done")
+        except WorkerLost:
+            return
+        if found is not True:
+            self._lost = f"it does not find {root}"
 
     def snapshot(self, snapshots: Sequence[str]) -> None:
         """See :class:`~backends.zfs.library.Library`."""
@@ -157,35 +166,35 @@ class LibraryChoice:
         self._installed = installed
         self._lock = threading.Lock()
         self._library: Library | None = None
+        self._binding: BindingLibrary | None = None
 
     def library(self) -> Library:
         """The one to use now."""
         with self._lock:
             if self._library is None:
-                chosen, final = self._choose()
-                if not final:
-                    return chosen
-                self._library = chosen
+                self._library = self._choose()
             return self._library
 
-    def _choose(self) -> tuple[Library, bool]:
-        """What to use, and whether that stays so: a root that is not there now says nothing of the binding."""
+    def _choose(self) -> Library:
         found = self._installed()
         if found is None:
-            return self._command("python3-pyzfs is not installed"), True
+            return self._command("python3-pyzfs is not installed")
         done = self._runner.run(("zfs", "version"), LIST_DEADLINE)
         zfs = numbers(done.output.partition("\n")[0])
         if numbers(found) != zfs:
             why = f"the binding of libzfs_core is of version {found}, OpenZFS is {zfs or 'of an unknown one'}"
-            return self._command(why, f"{why}: install the python3-pyzfs of this OpenZFS"), True
-        try:
-            answer = self._core.ask({"call": "exists", "dataset": self._root}, LIST_DEADLINE)
-        except WorkerLost as error:
-            why = f"libzfs_core {found} cannot be called: {error}"
-            return self._command(why, why), True
-        if answer.get("done") is not True:
-            return self._command(f"libzfs_core does not find {self._root}"), False
-        return BindingLibrary(self._storage, self._core, f"libzfs_core {found}", self._command()), True
+            return self._command(why, f"{why}: install the python3-pyzfs of this OpenZFS")
+        self._binding = BindingLibrary(self._storage, self._core, f"libzfs_core {found}", self._command())
+        return self._binding
+
+    def probe(self) -> str:
+        """Call libzfs_core, if it is what is used, without changing anything; why that cannot be done, "" if it can.
+        Until this or a first change nothing is started, so that verbs which only look cost no process."""
+        self.library()
+        if self._binding is None:
+            return ""
+        self._binding.probe(self._root)
+        return self._binding.warning()
 
     def _command(self, why: str = "", warning: str = "") -> CommandLibrary:
         return CommandLibrary(self._storage, self._runner, why, warning)

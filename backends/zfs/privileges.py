@@ -12,12 +12,15 @@ import grp
 import os
 import pwd
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from backends.zfs.commands import LIST_DEADLINE, Runner
+from backends.zfs.commands import LIST_DEADLINE
+from backends.zfs.context import Context
 from backends.zfs.failures import Operation, failure
-from replicator.model import Capability
+from backends.zfs.taking_over import Terms
+from replicator.model import Capability, Lack
+from replicator.zfs_properties import TAKEN_OVER
 
 SOURCE = ("bookmark", "destroy", "hold", "mount", "release", "send", "snapshot", "userprop")
 """What a storage is read and snapshotted with."""
@@ -25,9 +28,8 @@ TARGET = (
     "canmount", "clone", "create", "destroy", "hold", "mount", "mountpoint", "promote", "readonly", "receive",
     "release", "rename", "send", "snapshot", "userprop",
 )  # fmt: skip
-"""What a storage is written replicas into with, and put back, pruned and restored from."""
-NEEDED = {Capability.SEND: SOURCE, Capability.RECEIVE: TARGET}
-
+"""What a storage is written replicas into with, and put back, pruned and restored from; and each property that it
+overrides. Those of the properties that replicas take over are missed, and not needed."""
 _SECTION = re.compile(r"-+ Permissions on (.+?) -*")
 _HEADINGS = {
     "Local permissions:": (True, False),
@@ -85,17 +87,31 @@ def granted(said: str, dataset: str, account: Account) -> frozenset[str]:
     return frozenset(_expanded(own.here | above, sets) & _expanded(own.below | above, sets))
 
 
-def missing(runner: Runner, storage: str, root: str, wanted: Iterable[str], account: Account) -> tuple[str, ...]:
-    """Those of ``wanted`` that the account does not have on the root and below it, sorted.
+def lacking(context: Context, uses: Capability, terms: Terms, account: Account | None = None) -> Iterator[Lack]:
+    """The rights that the account (this process's) lacks on the storage's root and below it, for these uses.
 
     :raises StorageError: ZFS does not say
     """
+    account = account or Account.own()
     if account.root:
-        return ()
-    done = runner.run(("zfs", "allow", root), LIST_DEADLINE)
+        return
+    root = context.names.root
+    done = context.attempt("zfs", "allow", root, deadline=LIST_DEADLINE)
     if done.status != 0:
-        raise failure(done, Operation(storage, root, "listing the permissions on"))
-    return tuple(sorted(set(wanted) - granted(done.output, root, account)))
+        raise failure(done, Operation(context.storage, root, "listing the permissions on"))
+    has = granted(done.output, root, account)
+    needed = set(SOURCE if Capability.SEND in uses else ())
+    wished: set[str] = set()
+    if Capability.RECEIVE in uses:
+        needed |= {*TARGET, *terms.override}
+        wished = {*TAKEN_OVER} - terms.exclude
+    if missing := sorted(needed - has):
+        message = f"user {account.user} is not allowed to {', '.join(missing)} on {root}"
+        yield Lack(message, f"zfs allow -u {account.user} {','.join(missing)} {root}")
+    if missing := sorted(wished - needed - has):
+        message = f"user {account.user} may not set {', '.join(missing)} on {root}: replicas do not take them over"
+        remedy = f"zfs allow -u {account.user} {','.join(missing)} {root}, or exclude them"
+        yield Lack(message, remedy, needed=False)
 
 
 def _for(line: str, account: Account) -> set[str]:

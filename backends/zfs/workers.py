@@ -27,6 +27,8 @@ from replicator.errors import StorageError, StorageUnavailable
 PROGRAM = Path(__file__).with_name("binding_worker.py")
 WORKERS = 4
 """Processes of one storage, at most: so many calls at once; each waits for a transaction group of the same pool."""
+IDLE = 60.0
+"""Seconds after which one of several that nothing used is ended: each takes 20 MiB."""
 START_DEADLINE = 60.0
 MAX_ANSWER = 16 << 20
 """Bytes: as many names as fit into a request, each with what is wrong with it."""
@@ -136,7 +138,7 @@ class Workers:
         self._start = start
         self._slots = threading.Semaphore(limit)
         self._lock = threading.Lock()
-        self._idle: list[Worker] = []
+        self._idle: list[tuple[float, Worker]] = []  # since when; what is used often stays at the end
         self._closed = False
 
     def ask(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
@@ -149,7 +151,7 @@ class Workers:
             )
         try:
             with self._lock:
-                worker = self._idle.pop() if self._idle else None
+                worker = self._idle.pop()[1] if self._idle else None
             if worker is not None:
                 try:
                     return self._ask(worker, request, until)
@@ -166,10 +168,12 @@ class Workers:
             worker.close()
             raise
         with self._lock:
-            if not self._closed:
-                self._idle.append(worker)
-                return answer
-        worker.close()
+            now = time.monotonic()
+            self._idle.append((now, worker))
+            done = [old for since, old in self._idle if self._closed or now - since > IDLE]
+            self._idle = [item for item in self._idle if item[1] not in done]
+        for old in done:
+            old.close()
         return answer
 
     def close(self) -> None:
@@ -177,7 +181,7 @@ class Workers:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-        for worker in idle:
+        for _, worker in idle:
             worker.close()
 
 

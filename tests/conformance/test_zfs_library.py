@@ -41,7 +41,7 @@ def library(request: pytest.FixtureRequest, store: ZfsCase) -> Iterator[Library]
     choice = LibraryChoice("store", store.root, SystemRunner(), Workers(PoolState(POOL)), installed)
     found = choice.library()
     assert found.describe() == f"libzfs_core {installed()}"
-    assert found.warning() == ""
+    assert choice.probe() == found.warning() == ""
     yield found
     choice.close()
 
@@ -145,7 +145,7 @@ def test_a_worker_that_is_lost_makes_way_for_the_command(store: ZfsCase) -> None
     library = choice.library()
     a = store.dataset("a")
     library.snapshot([f"{a}@one"])
-    (idle,) = workers._idle
+    ((_, idle),) = workers._idle
     idle._process.kill()
     idle._process.wait(30)
     library.snapshot([f"{a}@two"])  # a new one is asked

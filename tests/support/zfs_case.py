@@ -60,6 +60,7 @@ class ZfsCase(BackendCase):
 
     def close(self) -> None:
         """Destroy everything."""
+        self.backend.close()
         for line in zfs("list", "-H", "-o", "name", "-r", "-t", "snapshot", self.root).split("\n"):
             for held in zfs("holds", "-H", line).split("\n") if line else ():
                 if held:

@@ -41,7 +41,7 @@ class Refusals:
             work()
         except ReplicatorError as error:
             self.count += 1
-            print(f"{what}: {error}")  # noqa: T201
+            print(f"{what}: {error} [{error.code}]")  # noqa: T201
 
 
 def source(backend: ZfsBackend, folder: Path, refusals: Refusals) -> None:
@@ -50,6 +50,7 @@ def source(backend: ZfsBackend, folder: Path, refusals: Refusals) -> None:
         refusals.run("lineage", partial(backend.set_lineage, volume, LINEAGE))
     for name in ("one", "two", "three"):
         refusals.run("snapshot", partial(backend.snapshot, VOLUMES, name))
+    refusals.run("heads", partial(backend.heads, VOLUMES))
     for volume in VOLUMES:
         state = backend.state(volume)
         assert state is not None
@@ -140,11 +141,15 @@ class Target:
         self._backend.destroy(self.name, one.ref)
 
     def restore(self) -> None:
-        """As a new volume, by copying and by cloning."""
+        """As a new volume, by copying and by cloning; and sent elsewhere."""
         new = VolumeId("store", f"restored/{self._volume}")
         self.receive(None, "one", volume=new, lineage=None, mode=ReceiveMode.RESTORE)
         three = _arriving(self._folder, self._volume, "three")
         self._backend.clone(self.name, three.ref, f"cloned/{self._volume}")
+        request = SendRequest(VolumeId("store", self.name), None, three.ref, KEY)
+        with self._backend.send(request, Cancellation()) as stream:
+            for chunk in stream:
+                chunk.release()
 
 
 def target(backend: ZfsBackend, folder: Path, refusals: Refusals, *steps: str) -> None:
@@ -163,7 +168,7 @@ def main() -> int:
     if phase == "lacking":
         for uses in (Capability.SEND, Capability.RECEIVE):
             for lack in backend.lacking(uses):
-                print(f"{uses.name}: {lack.message} / {lack.remedy}")  # noqa: T201
+                print(f"{uses.name}{'' if lack.needed else '?'}: {lack.message} / {lack.remedy}")  # noqa: T201
     elif phase == "source":
         source(backend, folder, refusals)
     elif phase == "target":

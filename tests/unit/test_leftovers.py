@@ -8,7 +8,12 @@ import pytest
 
 from backends.memory import MemoryBackend
 from backends.zfs import privileges
-from backends.zfs.privileges import SOURCE, TARGET, Account, granted
+from backends.zfs.context import Context
+from backends.zfs.library import CommandLibrary
+from backends.zfs.listing import Listing
+from backends.zfs.naming import DatasetNames
+from backends.zfs.privileges import Account, granted
+from backends.zfs.taking_over import Terms
 from replicator import checks, config, leftovers
 from replicator.config import Config
 from replicator.control import Level
@@ -28,7 +33,7 @@ from replicator.model import (
     hold_tag,
 )
 from tests.support.versions import EPOCH as NOW
-from tests.support.zfs_records import RecordedRunner, failed
+from tests.support.zfs_records import Answer, RecordedRunner, failed
 from transport import checksum
 
 BASE = """
@@ -170,13 +175,28 @@ def test_rights_are_read_with_groups_sets_and_what_is_above() -> None:
     assert granted("", "tank/vm", WHO) == frozenset()
 
 
+def lacking(said: Answer, uses: Capability, terms: Terms, account: Account = WHO) -> list[Lack]:
+    runner = RecordedRunner({("zfs", "allow", "tank/vm"): said})
+    dataset_names = DatasetNames("tank", "tank/vm")
+    library = CommandLibrary("tank", runner)
+    context = Context(dataset_names, runner, Listing(dataset_names, runner), lambda: library)
+    return list(privileges.lacking(context, uses, terms, account))
+
+
 def test_what_is_missing() -> None:
-    runner = RecordedRunner({("zfs", "allow", "tank/vm"): ALLOWED, ("zfs", "allow", "gone"): failed("cannot open")})
-    assert privileges.missing(runner, "tank", "tank/vm", SOURCE, WHO) == ("destroy",)
-    assert "receive" in privileges.missing(runner, "tank", "tank/vm", TARGET, WHO)
-    assert privileges.missing(runner, "tank", "tank/vm", SOURCE, Account("root", frozenset(), root=True)) == ()
-    with pytest.raises(StorageError):
-        privileges.missing(runner, "tank", "gone", SOURCE, WHO)
+    assert lacking(ALLOWED, Capability.SEND, Terms()) == [
+        Lack("user replicator is not allowed to destroy on tank/vm", "zfs allow -u replicator destroy tank/vm")
+    ]
+    terms = Terms(override={"compression": "zstd"}, exclude=frozenset({"atime"}))
+    needed, wished = lacking(ALLOWED, Capability.RECEIVE, terms)
+    assert "compression" in needed.message
+    assert "receive" in needed.message
+    assert "recordsize" in wished.message
+    assert not {"atime", "compression"} & set(wished.message.replace(",", "").split())
+    assert (needed.needed, wished.needed) == (True, False)
+    assert lacking("", Capability.SEND | Capability.RECEIVE, terms, Account("root", frozenset(), root=True)) == []
+    with pytest.raises(StorageError, match="listing the permissions on tank/vm failed: cannot open"):
+        lacking(failed("cannot open"), Capability.SEND, terms)
 
 
 def test_check_asks_for_what_each_storage_is_used_for(tmp_path: Path) -> None:
@@ -186,12 +206,16 @@ def test_check_asks_for_what_each_storage_is_used_for(tmp_path: Path) -> None:
         asked[storage] = uses
         if storage == "tank":
             raise StorageUnavailable("not there", hint="")
-        return (Lack("user x is not allowed to send on tank/vm", "zfs allow -u x send tank/vm"),)
+        return (
+            Lack("user x is not allowed to send on tank/vm", "zfs allow -u x send tank/vm"),
+            Lack("slower", "apt install", needed=False),
+        )
 
     findings = list(checks.privileges(read(tmp_path), lacking))
     assert asked == {"tank": Capability.SEND, "backup": Capability.RECEIVE}
     assert [(f.subject, f.level, f.remedy) for f in findings] == [
-        ("storage backup", Level.FAILED, "zfs allow -u x send tank/vm")
+        ("storage backup", Level.FAILED, "zfs allow -u x send tank/vm"),
+        ("storage backup", Level.WARNING, "apt install"),
     ]
     pulled = BASE.replace('may_push_to = ["backup"]', 'may_pull_from = ["backup"]')
     list(checks.privileges(read(tmp_path, pulled), lacking))

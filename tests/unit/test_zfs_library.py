@@ -34,9 +34,7 @@ class RecordedCore:
         if self.lost:
             raise WorkerLost(self.lost)
         self.asked.append(request)
-        if request["call"] == "exists":
-            return {"done": True}
-        given = self.answers.get(request["call"], [{"done": None}])
+        given = self.answers.get(request["call"], [{"done": request["call"] == "exists"}])
         return given.pop(0) if len(given) > 1 else given[0]
 
     def close(self) -> None:
@@ -56,8 +54,13 @@ def refused(*failures: tuple[str, int, str]) -> dict[str, Any]:
 
 
 def test_the_binding_of_this_version_is_used() -> None:
-    library = choice(RecordedCore()).library()
+    core = RecordedCore()
+    chosen = choice(core)
+    library = chosen.library()
     assert (library.describe(), library.warning()) == ("libzfs_core 2.3.9", "")
+    assert core.asked == []  # who only looks needs no process
+    assert chosen.probe() == ""
+    assert core.asked == [{"call": "exists", "dataset": "tank/vm"}]
 
 
 def test_without_a_binding_the_command_is_used() -> None:
@@ -75,9 +78,13 @@ def test_a_binding_of_another_version_is_not_used(found: str) -> None:
 
 
 def test_a_binding_that_cannot_be_called_is_not_used() -> None:
-    library = choice(RecordedCore(lost="OSError: no libzfs_core.so.3")).library()
-    assert isinstance(library, CommandLibrary)
-    assert library.warning() == "libzfs_core 2.3.9 cannot be called: OSError: no libzfs_core.so.3"
+    for core, why in (
+        (RecordedCore(lost="OSError: no libzfs_core.so.3"), "OSError: no libzfs_core.so.3"),
+        (RecordedCore({"exists": [{"done": False}]}), "it does not find tank/vm"),
+    ):
+        chosen = choice(core)
+        assert chosen.probe() == f"libzfs_core 2.3.9 cannot be used, so the zfs command is: {why}"
+        assert chosen.library().describe() == f"the zfs command ({why})"
 
 
 def test_one_that_is_lost_later_makes_way_for_the_command() -> None:
@@ -149,7 +156,7 @@ def test_what_cannot_be_destroyed_is_left_out_of_the_next_call() -> None:
     core = RecordedCore({"destroy_snapshots": [refused(busy), {"done": None}]})
     failures = choice(core).library().destroy(["tank/a@1", "tank/a@2", "tank/a#m"])
     assert [(name, type(error)) for name, error in failures.items()] == [("tank/a@2", VolumeBusy)]
-    assert [call["names"] for call in core.asked[1:]] == [["tank/a@1", "tank/a@2"], ["tank/a@1"], ["tank/a#m"]]
+    assert [call["names"] for call in core.asked] == [["tank/a@1", "tank/a@2"], ["tank/a@1"], ["tank/a#m"]]
 
 
 @pytest.mark.parametrize("name", ["", "tank/b@9"])
@@ -219,6 +226,18 @@ def test_workers_are_kept_and_made_anew(tmp_path: Path) -> None:
     assert len(started) == before + 2
     some.close()
     assert all(worker._process.returncode is not None for worker in started)
+
+
+def test_workers_that_nothing_uses_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = Workers(PoolState("none", tmp_path), start=lambda pool: Worker(pool, program(tmp_path, ECHO)))
+    many = [Worker(PoolState("none", tmp_path), program(tmp_path, ECHO)) for _ in range(2)]
+    for worker in many:
+        some._ask(worker, {"call": "one"}, 1e12)
+    monkeypatch.setattr(workers, "IDLE", 0.0)
+    assert some.ask({"call": "two"}, 30) == {"done": "two"}
+    assert [worker for _, worker in some._idle] == [many[1]]
+    assert many[0]._process.returncode is not None
+    some.close()
 
 
 def test_programs_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
