@@ -15,10 +15,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from replicator.cancellation import Cancellation
-from replicator.endpoint import DigestBatch, DigestRequest, Head, ReceiveRequest, SendRequest, VolumeListing
+from replicator.endpoint import (
+    DigestBatch,
+    DigestRequest,
+    Head,
+    ManifestRequest,
+    ReceiveRequest,
+    Scrub,
+    ScrubRequest,
+    SendRequest,
+    VolumeListing,
+)
 from replicator.errors import ReplicatorError
 from replicator.model import (
     Capability,
@@ -179,3 +189,14 @@ class OneByOne(ABC):
             except ReplicatorError as error:
                 failed[version] = error
         return failed
+
+
+@runtime_checkable
+class Inspectable(Protocol):
+    """A storage of native streams whose snapshots can be looked into, and which checks its own disks."""
+
+    def manifest(self, request: ManifestRequest, cancel: Cancellation) -> Stream:
+        """See :meth:`replicator.endpoint.Endpoint.manifest`."""
+
+    def scrub(self, request: ScrubRequest) -> Scrub:
+        """See :meth:`replicator.endpoint.Endpoint.scrub`."""

@@ -151,10 +151,11 @@ class DaemonClient:
         target: str | None,
         snapshot: str | None,
         repair: bool,
+        scrub: bool,
         listen: Listener,
         cancel: Cancellation,
     ) -> tuple[Verification, ...]:
-        order = messages.VerifyRequest(volume, target, snapshot, repair)
+        order = messages.VerifyRequest(volume, target, snapshot, repair, scrub)
         found: tuple[Verification, ...] = self._work("verify", order, messages.VERIFICATIONS, listen, cancel)
         return found
 

@@ -88,6 +88,7 @@ http = {http}
 #rate_limit = "200MiB/s"
 # When replicas are read back in full and compared.
 #verify = "sun 03:00"
+#verify_by = "auto"
 # Commands around the snapshot; "after" always runs once "before" was started.
 #quiesce = {{before = ["fsfreeze", "-f", "/srv"], after = ["fsfreeze", "-u", "/srv"], timeout = "10s"}}
 # A volume that nobody has written to gets no snapshot ("skip"), or one all the same ("snapshot").

@@ -287,10 +287,14 @@ class Control(Protocol):
         target: str | None,
         snapshot: str | None,
         repair: bool,
+        scrub: bool,
         listen: Listener,
         cancel: Cancellation,
     ) -> tuple[Verification, ...]:
-        """Compare replicas with their source, and mend them with ``repair``."""
+        """Compare replicas with their source, and mend them with ``repair``.
+
+        :param scrub: of ZFS: scrub the pools now instead of reading
+        """
 
     def snapshots(self, volume: str) -> tuple[SideSnapshots, ...]:
         """The snapshots of a volume on every side."""

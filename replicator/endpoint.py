@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
@@ -91,6 +92,9 @@ class ReceiveMode(StrEnum):
     """As REPLICA, but the stream is against whatever ``base`` really contains; a snapshot of the identity of ``to``
     may exist already (damaged): it is replaced at once, in its place and with its holds, and the old one kept as
     ``aside`` just before it, with an identity of its own. Interrupted, it leaves nothing to resume."""
+    HEAL = "heal"
+    """The whole content of ``to``, which is on the target already: blocks of it that the target cannot read any more
+    are written anew, everything else stays as it is. Only storages that can (OpenZFS from 2.2 on)."""
     RESTORE = "restore"
     """A new writable volume without lineage; the volume must not exist; no snapshot remains."""
 
@@ -154,6 +158,63 @@ class DigestBatch:
 
     def __len__(self) -> int:
         return len(self.digests) // 16
+
+
+UNREADABLE_DIGEST = bytes(16)
+"""Stands in a :class:`DigestBatch` for a block that the storage could not read; no block has this digest by chance."""
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestRequest:
+    """Walk a snapshot of a filesystem; see :mod:`replicator.manifest`.
+
+    :ivar key: 32 random bytes in hex, the same for both sides of a comparison; keys the digests
+    """
+
+    volume: VolumeId
+    version: VersionRef
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScrubRequest:
+    """What is known of the health of the pool that a volume is in.
+
+    :ivar start: begin a scrub now, where none is running
+    """
+
+    volume: VolumeId
+    start: bool = False
+
+
+MAX_DAMAGED = 100
+"""Damaged things named in one :class:`Scrub`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scrub:
+    """The last complete scrub of a pool, and what is damaged.
+
+    :ivar pool: its name
+    :ivar running: a scrub is under way: ``done`` of ``total`` bytes
+    :ivar finished: when the last complete one ended; None: there is none that is known of
+    :ivar position: versions of this node up to this one (``Version.position``) were there when it began, so it has read
+        all their blocks; None: not known
+    :ivar errors: blocks that it could not read or mend
+    :ivar damaged: what the pool says is damaged of this volume, and what it cannot say the place of; the first
+        ``MAX_DAMAGED``
+    :ivar damaged_elsewhere: how much else is damaged in the pool
+    """
+
+    pool: str
+    running: bool
+    done: int
+    total: int
+    finished: datetime | None
+    position: int | None
+    errors: int
+    damaged: tuple[str, ...] = ()
+    damaged_elsewhere: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +377,21 @@ class Endpoint(Protocol):
         """Digest blocks, in order. The iterator must be exhausted or closed.
 
         :raises NoSuchSnapshot, DamagedData:
+        :raises NotReadable: its key is not loaded, or the node's user may not read it
+        """
+
+    def manifest(self, request: ManifestRequest, cancel: Cancellation) -> Stream:
+        """Walk a snapshot of a filesystem and stream its manifest; close the stream whatever happened.
+
+        :raises NotReadable: its key is not loaded, or the node's user may not mount or read it
+        :raises Unsupported: a storage without filesystems
+        """
+
+    def scrub(self, request: ScrubRequest) -> Scrub:
+        """The state of the pool that a volume is in; does not wait for a scrub that it starts.
+
+        :raises NotReadable: the node's user may not ask, or not start
+        :raises Unsupported: a storage that does not check itself
         """
 
     def set_aside(self, volume: VolumeId, name: str) -> VersionRef | None:

@@ -312,13 +312,14 @@ class Engine:
         target: str | None,
         snapshot: str | None,
         repair: bool,
+        scrub: bool,
         listen: Listener,
         cancel: Cancellation,
     ) -> tuple[Verification, ...]:
         """See Control."""
         results = []
         for task in self._tasks_of(volume, target):
-            results.append(self._mender.verify(task, snapshot, repair, listen, cancel))
+            results.append(self._mender.verify(task, snapshot, repair, listen, cancel, scrub=scrub))
         return tuple(results)
 
     def verify_job(self, job: str, cancel: Cancellation) -> tuple[Verification, ...]:

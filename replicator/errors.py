@@ -24,6 +24,7 @@ and metrics.
     │   ├── VolumeChanged         the volume changed size or vanished while read       retryable
     │   ├── NoSpace               the storage is full                                  retryable
     │   ├── DamagedData           stored bytes are not what was written
+    │   ├── NotReadable           what is stored cannot be read here as it is meant (no key, no permission)
     │   ├── StaleResume           partial state that nothing on the source continues   retryable: plan again
     │   ├── NotAReplica           the target has a volume of that name that is no replica of this one
     │   ├── StaleEpoch            the sender's epoch is older than the receiver's
@@ -199,6 +200,12 @@ class DamagedData(StorageError):
     """Bytes on the storage are not those that were written."""
 
     code = "damaged_data"
+
+
+class NotReadable(StorageError):
+    """What is stored is there, but cannot be read here: its key is not loaded, or this user may not."""
+
+    code = "not_readable"
 
 
 class StaleResume(StorageError):

@@ -13,17 +13,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, tzinfo
 
-from backends.base import Backend
+from backends.base import Backend, Inspectable
 from replicator import names, retention
 from replicator.cancellation import Cancellation
 from replicator.endpoint import (
     DigestBatch,
     DigestRequest,
     Head,
+    ManifestRequest,
     PruneOutcome,
     PruneRequest,
     ReceiveMode,
     ReceiveRequest,
+    Scrub,
+    ScrubRequest,
     SendRequest,
     SnapshotRequest,
     VolumeListing,
@@ -252,6 +255,23 @@ class LocalEndpoint:
     def digests(self, request: DigestRequest, cancel: Cancellation) -> Iterator[DigestBatch]:
         """See :class:`~replicator.endpoint.Endpoint`."""
         return self._of(request.volume).digests(request, cancel)
+
+    def manifest(self, request: ManifestRequest, cancel: Cancellation) -> Stream:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        return self._inspectable(request.volume).manifest(request, cancel)
+
+    def scrub(self, request: ScrubRequest) -> Scrub:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        return self._inspectable(request.volume).scrub(request)
+
+    def _inspectable(self, volume: VolumeId) -> Inspectable:
+        backend = self._of(volume)
+        if not isinstance(backend, Inspectable):
+            raise Unsupported(
+                f"storage {volume.storage} of node {self._node} ({backend.kind}) has neither filesystems nor scrubs",
+                hint="its volumes are compared block by block: `replicator verify` without --scrub",
+            )
+        return backend
 
     # -- protection
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Protocol
 
-from replicator import verification
+from replicator import native_verification, verification
 from replicator.cancellation import Cancellation
 from replicator.control import Listener, Note
-from replicator.errors import NoSuchSnapshot
-from replicator.model import Capability, Progress, Role, StreamKind, Version, VolumeState
+from replicator.errors import NoSuchSnapshot, Unsupported
+from replicator.model import Capability, Progress, Role, StreamKind, VerifyBy, Version, VolumeState
 from replicator.planning import newest_common
 from replicator.rejoining import rejoin
 from replicator.replication import Observer, Replication, find_replica
@@ -59,7 +59,7 @@ class Mender:
         else:
             yield f"only blocks that differ from what is in {where} are sent"
         lineage = source.lineage if source is not None else None
-        if state.head_changed and Capability.DIGESTS in pair.target.storage(pair.target_volume.storage).capabilities:
+        if state.head_changed and pair.target.storage(pair.target_volume.storage).stream is StreamKind.BLOCKS:
             yield f"live data of {where} is moved into a snapshot diverged-<time> there; it stops being writable"
         if state.lineage is None or lineage is None or state.lineage.uuid != lineage.uuid:
             yield f"{where} becomes a replica of {task.key.volume}; it is not one now"
@@ -120,15 +120,40 @@ class Mender:
         return max(mine, key=lambda v: v.position)
 
     def verify(
-        self, task: Task, snapshot: str | None, repair: bool, listen: Listener, cancel: Cancellation
+        self,
+        task: Task,
+        snapshot: str | None,
+        repair: bool,
+        listen: Listener,
+        cancel: Cancellation,
+        *,
+        scrub: bool = False,
     ) -> Verification:
-        """Compare the replica with its source, and mend it with ``repair``. What differs is remembered until mended."""
-        options, observer = self._runner.options(task), _progress_to(listen, task)
+        """Compare the replica with its source, and mend it if asked to. What differs is remembered until mended."""
+        pair, options, observer = task.pair, self._runner.options(task), _progress_to(listen, task)
         with self._runner.exclusive(task, cancel):
-            found = verification.verify(task.pair, options, observer=observer, cancel=cancel, snapshot=snapshot)
+            native = native_verification.is_native(pair)
+            if native:
+                found = native_verification.verify(
+                    pair, options, observer=observer, cancel=cancel, snapshot=snapshot,
+                    by=VerifyBy.SCRUB if scrub else task.job.verify_by, scrub_now=scrub,
+                )  # fmt: skip
+            elif scrub:
+                raise Unsupported(
+                    f"{task.key.volume} is not in a pool that can be scrubbed",
+                    hint="its blocks are read and compared: `replicator verify` without --scrub",
+                )
+            else:
+                found = verification.verify(pair, options, observer=observer, cancel=cancel, snapshot=snapshot)
             if repair and not found.equal:
-                listen(Note(f"mending {found.range_count} ranges of {task.key.volume} on {task.key.target}"))
-                found = verification.repair(task.pair, found, options, observer=observer, cancel=cancel)
+                listen(Note(f"mending {found.snapshot} of {task.key.volume} on {task.key.target}"))
+                if native:
+                    found = native_verification.repair(
+                        pair, found, options, observer=observer, cancel=cancel,
+                        renew=lambda: self._renew(task, observer, cancel),
+                    )  # fmt: skip
+                else:
+                    found = verification.repair(pair, found, options, observer=observer, cancel=cancel)
         differs = not found.equal and not found.repaired
         self._runner.tracker.recall(
             task.key, mismatch=describe_mismatch(found.snapshot, found.differing) if differs else ""
@@ -136,6 +161,14 @@ class Mender:
         self._results.verified(found, task.job.name)
         listen(found)
         return found
+
+    def _renew(self, task: Task, observer: Observer, cancel: Cancellation) -> None:
+        """Take a snapshot and bring it over, in a task that is ours already."""
+        pair = task.pair
+        failed = self._runner.snapshot(task.job, (pair.source_volume,), cancel)
+        if pair.source_volume in failed:
+            raise failed[pair.source_volume]
+        Replication(pair, self._runner.options(task), observer=observer, cancel=cancel).run()
 
 
 def _cost(task: Task) -> str:

@@ -204,6 +204,17 @@ class StreamKind(StrEnum):
     NATIVE = "native"
 
 
+class VerifyBy(StrEnum):
+    """How replicas of native streams (ZFS) are verified; those of blocks are always read."""
+
+    AUTO = "auto"
+    """Read both sides; where one cannot be read, take the pools' last scrubs."""
+    READING = "reading"
+    """Read both sides, or fail."""
+    SCRUB = "scrub"
+    """Compare identities and take the pools' last scrubs; read nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class ResumeState:
     """A half-received version on a target, as the target's storage durably has it.

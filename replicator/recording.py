@@ -11,7 +11,7 @@ from replicator.history import Check, Event, History, Run
 from replicator.metrics import Metrics
 from replicator.model import Progress, Version
 from replicator.tracker import ReplicaKey, describe_mismatch
-from replicator.verification import Resync, Verification
+from replicator.verification import Method, Resync, Verification
 
 
 class Recording:
@@ -130,7 +130,7 @@ class Recording:
                 result.range_count,
                 result.repaired,
                 0,
-                f"replaced data is kept as {result.aside}" if result.aside else "",
+                _told(result),
             )
         )
         self._metrics.verified(
@@ -181,6 +181,18 @@ class Recording:
         for peer in status.peers:
             self._metrics.peer(peer.node, peer.up, peer.round_trip, peer.clock_difference)
         return self._metrics.render()
+
+
+def _told(result: Verification) -> str:
+    """What a verification's figures do not say, in a few words."""
+    if result.aside:
+        return f"replaced data is kept as {result.aside}"
+    words = [] if result.method is not Method.SCRUB else ["not read: by identities and scrubs"]
+    words += result.problems[:1]
+    if result.file_count:
+        first = f"first of them {result.files[0].path}" if result.files else ""
+        words.append(f"{result.file_count} files and folders differ, {first}")
+    return "; ".join(words)
 
 
 def _of_run(run: Run) -> HistoryEntry:

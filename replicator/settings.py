@@ -15,6 +15,7 @@ from zoneinfo import ZoneInfo
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
+from replicator.model import VerifyBy
 from replicator.planning import Intermediates
 from replicator.selection import SnapshotPatterns, included_storages
 from replicator.setting_types import (
@@ -187,6 +188,7 @@ class Job(Table):
     :ivar foreign_snapshots: names of snapshots that replicator did not make and that are sent as well; never destroyed
     :ivar replica_path: replicas are below the source node's name, or have the same name as their sources
     :ivar unchanged: what a volume gets that nobody has written to: nothing, or a snapshot all the same
+    :ivar verify_by: of ZFS: whether data is read, or the pools' scrubs are taken
     """
 
     name: str
@@ -200,6 +202,9 @@ class Job(Table):
     max_lag: Duration | None = Field(None, description=_DURATION)
     rate_limit: Rate | None = Field(None, description='write for example "200MiB/s"')
     verify: str | None = Field(None, description='write a schedule, for example "sun 03:00"')
+    verify_by: Annotated[VerifyBy, Strict(False)] = Field(
+        VerifyBy.AUTO, description='write "auto", "reading" or "scrub"'
+    )
     quiesce: Quiesce | None = Field(
         None, description='write for example {before = ["fsfreeze", "-f", "/srv"], after = ["fsfreeze", "-u", "/srv"]}'
     )

@@ -47,10 +47,11 @@ def build_backend(storage: Storage) -> Backend:
         from backends.zfs import ZfsBackend
         from backends.zfs.properties import StreamForm
         from backends.zfs.taking_over import Terms
+        from transport import checksum
 
         accept = None if storage.accept == "any" else StreamForm(storage.accept)
         terms = Terms(accept, MappingProxyType(storage.override), frozenset(storage.exclude))
-        return ZfsBackend(storage.name, storage.root, terms=terms)
+        return ZfsBackend(storage.name, storage.root, checksums=checksum, terms=terms)
     binding = _BINDINGS[storage.kind]
     needs = f"storage {storage.name!r} is of kind {storage.kind}, which"
     if importlib.util.find_spec(binding.module) is None:

@@ -1,49 +1,58 @@
-"""Compares two snapshots block by block, and makes a replica right again.
+"""Verifies a replica of blocks, and makes one right again: only what differs crosses the network.
 
-Both sides read their own snapshot and answer with keyed digests; what a diff said, what was sent before and what is in
-a cache plays no part. The key is fresh for each comparison, so nobody who chooses a disk's contents can prepare
-blocks that look equal (see ``transport/checksum.py``).
+Storages of streams of their own are verified by ``native_verification.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from enum import StrEnum
 
+from replicator.block_comparison import Compared, Comparison, merge
 from replicator.cancellation import Cancellation
-from replicator.endpoint import (
-    MAX_RANGES,
-    DigestBatch,
-    DigestRequest,
-    Endpoint,
-    Range,
-    ReceiveMode,
-    ReceiveRequest,
-    SendRequest,
-)
-from replicator.errors import NoSuchSnapshot, NoSuchVolume, ProtocolError, Unsupported
+from replicator.endpoint import MAX_RANGES, Endpoint, Range, ReceiveMode, ReceiveRequest, SendRequest
+from replicator.errors import NoSuchSnapshot, NoSuchVolume, Unsupported
+from replicator.manifest_comparison import FileDifference
 from replicator.model import DIVERGED_PREFIX, StreamKind, Version, VersionRef, VolumeId, VolumeState, format_time
-from replicator.prefetch import ahead
 from replicator.replication import Meter, ObservedStream, Observer, Options, Outcome, Pair, new_key
-from replicator.streams import BLOCK_SIZE, DIGEST_SIZE, Chunk, ChunkStream
+from replicator.streams import Chunk, ChunkStream
 from replicator.watchdog import Watchdog
 
 MAX_REPORTED_RANGES = 1000
 """Differing ranges named in a report; their number and bytes are always exact."""
+MAX_REPORTED_FILES = 1000
+"""Differing entries of a filesystem named in a report; their number is always exact."""
+
+
+class Method(StrEnum):
+    """How two snapshots were compared."""
+
+    BLOCKS = "blocks"
+    """Every block of both was read."""
+    FILES = "files"
+    """Every file and folder of both was read."""
+    SCRUB = "scrub"
+    """Neither was read by us: their identities are equal, and the pools' own scrubs read them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
     """The result of comparing one snapshot on two sides.
 
-    :ivar checked: bytes compared
-    :ivar differing: bytes in blocks that differ
-    :ivar ranges: the first ``MAX_REPORTED_RANGES`` of them, merged
+    :ivar checked: bytes compared; 0 with ``Method.SCRUB``, which reads nothing here
+    :ivar differing: bytes in blocks (and entries) that differ, as far as that is known in bytes; at least 1 where
+        anything differs
+    :ivar ranges: the first ``MAX_REPORTED_RANGES`` of them, merged; of a filesystem they are in ``files``
     :ivar range_count: how many there are
     :ivar repaired: whether they were mended afterwards
     :ivar aside: where the replaced data is kept, "" if nothing was
+    :ivar entries: files and folders compared
+    :ivar files: the first ``MAX_REPORTED_FILES`` entries that differ; ``file_count``: how many there are
+    :ivar problems: what else is wrong, a sentence each
+    :ivar notes: what to know beside that: why the data was not read, what it was that a scrub covered
     """
 
     volume: str
@@ -55,148 +64,21 @@ class Verification:
     range_count: int
     repaired: bool = False
     aside: str = ""
+    method: Method = Method.BLOCKS
+    entries: int = 0
+    files: tuple[FileDifference, ...] = ()
+    file_count: int = 0
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
         """Whether the two were equal when they were compared."""
-        return self.differing == 0
-
-
-def merge(ranges: Iterator[Range]) -> Iterator[Range]:
-    """Adjacent ranges as one."""
-    current: Range | None = None
-    for item in ranges:
-        if current is not None and current.end == item.offset:
-            current = Range(current.offset, current.length + item.length)
-            continue
-        if current is not None:
-            yield current
-        current = item
-    if current is not None:
-        yield current
-
-
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """A step of a comparison: blocks from ``offset`` to ``end`` were compared, ``differing`` of them are not equal."""
-
-    offset: int
-    end: int
-    differing: tuple[Range, ...]
-
-
-def compare_digests(left: Iterator[DigestBatch], right: Iterator[DigestBatch], size: int) -> Iterator[Compared]:
-    """Compare two digest sequences of volumes of the same block size, up to ``size`` bytes of the left one.
-
-    Blocks that only the left has differ. Both must begin at offset 0 and have no gaps; the last block of the shorter
-    one may be short, which makes it differ, as it must.
-
-    :raises ProtocolError: batches out of order or of another block size
-    """
-    yield from _compare(_Digests(left), _Digests(right), size)
-
-
-class _Digests:
-    """A digest sequence that can be consumed in pieces of any number of blocks."""
-
-    def __init__(self, batches: Iterator[DigestBatch]) -> None:
-        self._batches = batches
-        self._next = 0
-        self._buffer = memoryview(b"")
-        self.ended = False
-
-    def fill(self) -> int:
-        """Have at least one digest, or be at the end; how many are there now."""
-        while not self._buffer and not self.ended:
-            batch = next(self._batches, None)
-            if batch is None:
-                self.ended = True
-                break
-            if batch.block_size != BLOCK_SIZE or batch.offset != self._next or len(batch.digests) % DIGEST_SIZE:
-                raise ProtocolError(
-                    f"digests of {batch.block_size}-byte blocks at {batch.offset} came where blocks of {BLOCK_SIZE} "
-                    f"at {self._next} were due",
-                    hint="both nodes must run the same version",
-                )
-            self._buffer = memoryview(batch.digests)
-            self._next += len(batch) * BLOCK_SIZE
-        return len(self._buffer) // DIGEST_SIZE
-
-    def take(self, blocks: int) -> memoryview:
-        """The next ``blocks`` digests, which ``fill`` said are there."""
-        cut = blocks * DIGEST_SIZE
-        taken, self._buffer = self._buffer[:cut], self._buffer[cut:]
-        return taken
-
-
-def _compare(left: _Digests, right: _Digests, size: int) -> Iterator[Compared]:
-    offset = 0
-    while offset < size:
-        mine = left.fill()
-        if not mine:
-            raise ProtocolError(
-                f"the digests of the source end at {offset} of {size} bytes", hint="run it again; see the source's log"
-            )
-        theirs = right.fill()
-        blocks = min(mine, theirs) if theirs else mine
-        a, b = left.take(blocks), right.take(blocks) if theirs else memoryview(b"")
-        end = min(offset + blocks * BLOCK_SIZE, size)
-        yield Compared(offset, end, tuple(_differing(a, b, offset, size)))
-        offset = end
-
-
-def _differing(a: memoryview, b: memoryview, offset: int, size: int) -> Iterator[Range]:
-    """Ranges of blocks whose digests differ. Halves what is equal or wholly unknown, so equal stretches cost little."""
-    if a == b:
-        return
-    if not b:
-        yield Range(offset, min(len(a) // DIGEST_SIZE * BLOCK_SIZE, size - offset))
-        return
-    step = 64 * DIGEST_SIZE
-    for start in range(0, len(a), step):
-        if a[start : start + step] == b[start : start + step]:
-            continue
-        for cut in range(start, min(start + step, len(a)), DIGEST_SIZE):
-            if a[cut : cut + DIGEST_SIZE] != b[cut : cut + DIGEST_SIZE]:
-                at = offset + cut // DIGEST_SIZE * BLOCK_SIZE
-                yield Range(at, min(BLOCK_SIZE, size - at))
-
-
-class Comparison:
-    """Compares one version of the source with one of the target, over whatever endpoints they are on."""
-
-    def __init__(self, pair: Pair, source: Version, target: Version, key: str, cancel: Cancellation) -> None:
-        self._pair = pair
-        self._source = source
-        self._target = target
-        self._key = key
-        self._cancel = cancel
-        self.checked = 0
-        self.differing = 0
-
-    def _digests(self, endpoint: Endpoint, volume: VolumeId, version: Version) -> Callable[[], Iterator[DigestBatch]]:
-        request = DigestRequest(volume, version.ref, self._key)
-        return lambda: endpoint.digests(request, self._cancel)
-
-    def run(self, watchdog: Watchdog, stall: float) -> Iterator[Compared]:
-        """Read both sides at the same time; yields as far as both are known."""
-        pair = self._pair
-        size = self._source.size or 0
-        with (
-            ahead(self._digests(pair.source, pair.source_volume, self._source), self._cancel) as left,
-            ahead(self._digests(pair.target, pair.target_volume, self._target), self._cancel) as right,
-        ):
-            for step in compare_digests(left, right, size):
-                watchdog.phase("both sides were read", stall)
-                self.checked += step.end - step.offset
-                self.differing += sum(item.length for item in step.differing)
-                yield step
-        if self._target.size is not None and self._target.size > size:
-            self.differing += self._target.size - size
+        return self.differing == 0 and self.file_count == 0 and not self.problems
 
 
 @contextmanager
-def _held(endpoint: Endpoint, volume: VolumeId, version: VersionRef, tag: str) -> Iterator[None]:
+def held(endpoint: Endpoint, volume: VolumeId, version: VersionRef, tag: str) -> Iterator[None]:
     endpoint.hold(volume, version, tag)
     try:
         yield
@@ -204,22 +86,35 @@ def _held(endpoint: Endpoint, volume: VolumeId, version: VersionRef, tag: str) -
         endpoint.release(volume, version, tag)
 
 
-def _newest_common(pair: Pair, snapshot: str | None) -> tuple[Version, Version]:
-    """The newest snapshot that both sides have (or the one named), as each side has it."""
+def both_states(pair: Pair) -> tuple[VolumeState, VolumeState]:
+    """What both sides have. :raises NoSuchVolume: one of them is not there"""
     source, target = pair.source.state(pair.source_volume), pair.target.state(pair.target_volume)
     if source is None:
         raise NoSuchVolume(f"node {pair.source.node} has no volume {pair.source_volume}", hint="")
-    resync = f"make the replica with `replicator resync {pair.source_volume} --target {pair.target_text}`"
     if target is None:
-        raise NoSuchVolume(f"{pair.target_text} has no replica of {pair.source_volume}", hint=resync)
+        raise NoSuchVolume(f"{pair.target_text} has no replica of {pair.source_volume}", hint=_remedy(pair))
+    return source, target
+
+
+def _remedy(pair: Pair) -> str:
+    return f"make the replica with `replicator resync {pair.source_volume} --target {pair.target_text}`"
+
+
+def common_snapshot(pair: Pair, snapshot: str | None) -> tuple[Version, Version]:
+    """The newest snapshot that both sides have (or the one named), as each side has it."""
+    source, target = both_states(pair)
     theirs = {version.guid: version for version in target.snapshots}
     for version in reversed(source.snapshots):
         if version.guid in theirs and (snapshot is None or snapshot in (version.name, version.guid)):
             return version, theirs[version.guid]
     wanted = f"snapshot {snapshot!r}" if snapshot else "no snapshot"
+    mine = source.find(snapshot) if snapshot else None
+    other = target.find(snapshot) if snapshot else None
+    if mine is not None and other is not None:
+        wanted = f"{wanted} is not the same on both sides (guid {mine.guid} and {other.guid}): it"
     raise NoSuchSnapshot(
         f"{wanted} is {'not ' if snapshot else ''}on both sides of {pair.source_volume} and {pair.target_text}",
-        hint=f"`replicator snapshots {pair.source_volume}` lists them; {resync}",
+        hint=f"`replicator snapshots {pair.source_volume}` lists them; {_remedy(pair)}",
     )
 
 
@@ -228,28 +123,35 @@ def _check_kind(pair: Pair) -> None:
         storage = endpoint.storage(volume.storage)
         if storage.stream is not StreamKind.BLOCKS:
             raise Unsupported(
-                f"storage {storage.name} of node {endpoint.node} ({storage.kind}) cannot be compared block by block",
-                hint="use the storage's own verification",
+                f"storage {storage.name} of node {endpoint.node} ({storage.kind}) does not take single blocks",
+                hint="`replicator resync` puts a replica of such a storage back to what both sides have",
             )
 
 
 def verify(
     pair: Pair, options: Options, *, observer: Observer, cancel: Cancellation, snapshot: str | None = None
 ) -> Verification:
-    """Compare the newest common snapshot (or ``snapshot``) of both sides, reading both in full.
+    """Compare the newest common snapshot (or ``snapshot``) of both sides block by block, reading both in full.
 
     :raises NoSuchSnapshot: there is none in common, or not that one
     """
     _check_kind(pair)
-    mine, theirs = _newest_common(pair, snapshot)
+    mine, theirs = common_snapshot(pair, snapshot)
+    return compare_blocks(pair, mine, theirs, options, observer=observer, cancel=cancel)
+
+
+def compare_blocks(
+    pair: Pair, mine: Version, theirs: Version, options: Options, *, observer: Observer, cancel: Cancellation
+) -> Verification:
+    """Compare a snapshot of the source with one of the target block by block, holding both meanwhile."""
     tag = f"{pair.tag}:verify"
     outcome = Outcome()
     meter = Meter(pair, f"verifying {mine.name}", total=mine.size, observer=observer, outcome=outcome)
     ranges: list[Range] = []
     counted = 0
     with (
-        _held(pair.source, pair.source_volume, mine.ref, tag),
-        _held(pair.target, pair.target_volume, theirs.ref, tag),
+        held(pair.source, pair.source_volume, mine.ref, tag),
+        held(pair.target, pair.target_volume, theirs.ref, tag),
         cancel.child() as part,
     ):
         watchdog = Watchdog(part)
@@ -278,7 +180,18 @@ def verify(
         comparison.differing,
         tuple(ranges),
         counted,
+        problems=tuple(unreadable_problems(pair, comparison.unreadable_source, comparison.unreadable_target)),
     )
+
+
+def unreadable_problems(pair: Pair, source: int, target: int) -> Iterator[str]:
+    """A sentence for each side that could not read so many bytes."""
+    for node, volume, size in (
+        (pair.source.node, pair.source_volume, source),
+        (pair.target.node, pair.target_volume, target),
+    ):
+        if size:
+            yield f"{size} bytes of {volume} on {node} cannot be read: its disks do not have what was written"
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,8 +238,8 @@ def rebuild(
     outcome = Outcome()
     lineage = pair.source.ensure_primary(pair.source_volume)
     with (
-        _held(pair.source, pair.source_volume, to.ref, tag),
-        _held(pair.target, pair.target_volume, reference.ref, tag),
+        held(pair.source, pair.source_volume, to.ref, tag),
+        held(pair.target, pair.target_volume, reference.ref, tag),
         cancel.child() as part,
     ):
         watchdog = Watchdog(part)
@@ -392,7 +305,7 @@ def repair(
     """Mend what :func:`verify` found: the snapshot is rebuilt from the source, the damaged one kept aside."""
     if found.equal:
         return found
-    mine, theirs = _newest_common(pair, found.snapshot)
+    mine, theirs = common_snapshot(pair, found.snapshot)
     aside = aside_name()
     rebuild(pair, mine, theirs, options, observer=observer, cancel=cancel, aside=aside)
     return replace(found, repaired=True, aside=aside)

@@ -87,7 +87,7 @@ class Authority:
             case messages.States() | messages.Heads():
                 for volume in request.volumes:
                     self._require_read(request, volume)
-            case messages.Send() | messages.Digests() | messages.Prune():
+            case messages.Send() | messages.Digests() | messages.Manifest() | messages.Scrub() | messages.Prune():
                 self._require_read(request, request.request.volume)
 
     def _require(self, allowed: bool, request: Request, what: str, right: str) -> None:

@@ -20,17 +20,21 @@ from pydantic import TypeAdapter, ValidationError
 
 from replicator import names
 from replicator.endpoint import (
+    MAX_DAMAGED,
     MAX_RANGES,
     DigestRequest,
     Head,
+    ManifestRequest,
     PruneOutcome,
     PruneRequest,
     Range,
     ReceiveRequest,
+    ScrubRequest,
     SendRequest,
     SnapshotRequest,
     VolumeListing,
 )
+from replicator.endpoint import Scrub as ScrubState
 from replicator.errors import InvalidName, ProtocolError, ReplicatorError, rebuild_error
 from replicator.model import (
     Lineage,
@@ -169,6 +173,20 @@ class Digests:
 
 
 @dataclass(frozen=True, slots=True)
+class Manifest:
+    """:meth:`Endpoint.manifest`"""
+
+    request: ManifestRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Scrub:
+    """:meth:`Endpoint.scrub`"""
+
+    request: ScrubRequest
+
+
+@dataclass(frozen=True, slots=True)
 class SetAside:
     """:meth:`Endpoint.set_aside`"""
 
@@ -229,7 +247,8 @@ class Renew:
 
 @dataclass(frozen=True, slots=True)
 class StreamOpened:
-    """The answer to Send and Digests (and to Receive, when the stream is wanted): frames of the stream follow."""
+    """The answer to Send, Digests and Manifest (and to Receive, when the stream is wanted): the stream's frames
+    follow."""
 
     kind: StreamKind
     estimate: int | None
@@ -308,6 +327,8 @@ Request = (
     | Receive
     | AbortReceive
     | Digests
+    | Manifest
+    | Scrub
     | SetAside
     | Adopt
     | Rename
@@ -341,6 +362,8 @@ ANSWERS: dict[type[Request], Any] = {
     Receive: Version,
     AbortReceive: None,
     Digests: StreamOpened,
+    Manifest: StreamOpened,
+    Scrub: ScrubState,
     SetAside: VersionRef | None,
     Adopt: None,
     Rename: None,
@@ -555,6 +578,18 @@ def _check_fields(value: object) -> None:  # noqa: PLR0912, PLR0915 - one case a
             _size(value.length, "a length")
             if value.offset % value.block_size:
                 raise _refuse(f"an offset of {value.offset}, no multiple of the block size {value.block_size}")
+        case ManifestRequest():
+            _key(value.key)
+        case ScrubState():
+            _size(value.done, "scrubbed bytes", high=2**63 - 1)
+            _size(value.total, "bytes to scrub", high=2**63 - 1)
+            _size(value.errors, "a number of errors", high=2**63 - 1)
+            _size(value.damaged_elsewhere, "a number of errors", high=2**63 - 1)
+            _size(value.position, "a version position", high=2**64 - 1)
+            if len(value.damaged) > MAX_DAMAGED:
+                raise _refuse(f"{len(value.damaged)} damaged things; at most {MAX_DAMAGED} are named")
+            for text in (value.pool, *value.damaged):
+                _text(text, "damaged thing's name")
         case PruneRequest():
             names.check_word("job name", value.job)
             _text(value.keep, "retention policy")

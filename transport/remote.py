@@ -12,9 +12,12 @@ from replicator.endpoint import (
     DigestBatch,
     DigestRequest,
     Head,
+    ManifestRequest,
     PruneOutcome,
     PruneRequest,
     ReceiveRequest,
+    Scrub,
+    ScrubRequest,
     SendRequest,
     SnapshotRequest,
     VolumeListing,
@@ -254,15 +257,27 @@ class RemoteEndpoint:
         found: VolumeInfo = self._call(messages.Clone(volume, version, new))
         return found
 
+    def scrub(self, request: ScrubRequest) -> Scrub:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found: Scrub = self._call(messages.Scrub(request))
+        return found
+
     # -- streams
 
     def send(self, request: SendRequest, cancel: Cancellation) -> Stream:
         """See :class:`~replicator.endpoint.Endpoint`."""
+        return self._open(messages.Send(request), request.key, cancel)
+
+    def manifest(self, request: ManifestRequest, cancel: Cancellation) -> Stream:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        return self._open(messages.Manifest(request), request.key, cancel)
+
+    def _open(self, request: messages.Send | messages.Manifest, key: str, cancel: Cancellation) -> Stream:
         cancel.check()
         with ExitStack() as stack:
-            call = self._begin(messages.Send(request), cancel, stack)
+            call = self._begin(request, cancel, stack)
             opened: StreamOpened = call.answer(StreamOpened)
-            binding = StreamBinding(bytes.fromhex(request.key), "pull", opened.kind, call.raw)
+            binding = StreamBinding(bytes.fromhex(key), "pull", opened.kind, call.raw)
             receiver = StreamReceiver(call.connection, call.stream, binding)
             return _RemoteStream(opened, receiver, stack.pop_all())
         raise AssertionError  # an exit stack swallows nothing

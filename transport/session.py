@@ -83,6 +83,8 @@ class Session:
                 self._send(stream, raw, request)
             case messages.Digests():
                 self._digests(stream, raw, request)
+            case messages.Manifest():
+                self._manifest(stream, raw, request)
             case messages.Receive():
                 self._receive(stream, raw, request)
             case messages.States():
@@ -115,6 +117,8 @@ class Session:
                 return endpoint.heads(volumes)
             case messages.Estimate(volume, base, to):
                 return endpoint.estimate(volume, base, to)
+            case messages.Scrub(request=scrub):
+                return endpoint.scrub(scrub)
             case messages.GetCrl():
                 revoked = self._identity.revoked
                 return revoked.pem.decode() if revoked is not None else ""
@@ -179,6 +183,12 @@ class Session:
             close = getattr(batches, "close", None)
             if close is not None:
                 close()
+
+    def _manifest(self, stream: int, raw: bytes, request: messages.Manifest) -> None:
+        with self._endpoint.manifest(request.request, self._cancel) as source:
+            self._answer(stream, StreamOpened, StreamOpened(source.kind, source.estimate))
+            binding = StreamBinding(bytes.fromhex(request.request.key), "pull", source.kind, raw)
+            StreamSender(self._connection, stream, binding, AdaptiveCompressor()).send_all(source)
 
     def _receive(self, stream: int, raw: bytes, request: messages.Receive) -> None:
         binding = StreamBinding(bytes.fromhex(request.request.key), "push", request.request.kind, raw)

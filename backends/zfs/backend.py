@@ -9,14 +9,17 @@ from collections.abc import Iterator, Sequence
 from backends.base import OneByOne
 from backends.zfs import (
     aside,
+    clones,
     cursors,
     destroying,
     many,
     placeholders,
     privileges,
     properties,
+    reading,
     renaming,
     replica,
+    scrubbing,
     sending,
     taking_over,
 )
@@ -31,9 +34,21 @@ from backends.zfs.taking_over import Terms
 from backends.zfs.workers import Workers
 from replicator import names
 from replicator.cancellation import Cancellation
-from replicator.endpoint import DigestBatch, DigestRequest, Head, ReceiveRequest, SendRequest, VolumeListing
+from replicator.checksums import Checksums
+from replicator.endpoint import (
+    DigestBatch,
+    DigestRequest,
+    Head,
+    ManifestRequest,
+    ReceiveRequest,
+    Scrub,
+    ScrubRequest,
+    SendRequest,
+    VolumeListing,
+)
 from replicator.errors import (
     NoSuchVolume,
+    NotReadable,
     ReplicatorError,
     SnapshotHeld,
     StorageUnavailable,
@@ -68,6 +83,7 @@ CAPABILITIES = (
     | Capability.RENAME
     | Capability.ORIGINS
     | Capability.PROPERTIES
+    | Capability.DIGESTS
 )
 INFO_AGE = 5.0
 """Seconds for which ``info`` may repeat itself: each plan asks for it."""
@@ -81,6 +97,7 @@ class ZfsBackend(OneByOne):
 
     :param root: the dataset that holds the volumes; it must exist, and its pool may come and go
     :param terms: on which terms replicas are taken
+    :param checksums: for digests
     :param runner: what runs zfs and zpool; tests give one that answers from a record
     :param choice: of what changes snapshots, holds and bookmarks; libzfs_core where it can be used, if none is given
     """
@@ -95,6 +112,7 @@ class ZfsBackend(OneByOne):
         root: str,
         *,
         terms: Terms | None = None,
+        checksums: Checksums,
         runner: Runner | None = None,
         choice: LibraryChoice | None = None,
         info_age: float = INFO_AGE,
@@ -107,6 +125,7 @@ class ZfsBackend(OneByOne):
         self._choice = choice or LibraryChoice(name, root, runner, Workers(pool), installed)
         self._context = Context(dataset_names, runner, Listing(dataset_names, runner), self._choice.library)
         self._terms = terms or Terms()
+        self._checksums = checksums
         self._not_taken_over: dict[str, tuple[str, ...]] = {}
         self._info_age = info_age
         self._info_lock = threading.Lock()
@@ -190,7 +209,7 @@ class ZfsBackend(OneByOne):
                 VolumeId(self.name, volume), dataset.volsize, dataset.lineage, many.origin_of(self._context, dataset)
             )
             for volume, dataset in found
-            if not aside.is_passage(volume) and not placeholders.is_arrival(volume)
+            if not (aside.is_passage(volume) or placeholders.is_arrival(volume) or clones.is_temporary(volume))
         )
 
     def state(self, volume: str) -> VolumeState | None:
@@ -332,11 +351,17 @@ class ZfsBackend(OneByOne):
         if found is not None:
             replica.abort(self._context, found)
 
-    def digests(self, request: DigestRequest, _cancel: Cancellation) -> Iterator[DigestBatch]:
-        """Not yet: what ZFS stores is compared by the identity of its snapshots, and by scrubbing the pools."""
-        raise Unsupported(
-            f"volume {request.volume} (zfs) cannot be compared block by block", hint="scrub the pools of both nodes"
-        )
+    def digests(self, request: DigestRequest, cancel: Cancellation) -> Iterator[DigestBatch]:
+        """See :class:`~backends.base.Backend`. Of a zvol."""
+        return reading.digests(self._context, request, self._checksums, cancel)
+
+    def manifest(self, request: ManifestRequest, cancel: Cancellation) -> Stream:
+        """See :class:`~backends.base.Inspectable`. Of a filesystem."""
+        return reading.open_manifest(self._context, request, self._checksums, cancel)
+
+    def scrub(self, request: ScrubRequest) -> Scrub:
+        """See :class:`~backends.base.Inspectable`."""
+        return scrubbing.look(self._context, request)
 
     def set_aside(self, volume: str, name: str) -> VersionRef | None:
         """See :class:`~backends.base.Backend`. The snapshot stays where it is until the next receive, which puts the
@@ -375,6 +400,10 @@ class ZfsBackend(OneByOne):
         placeholders.make_parents(context, target)
         settings = () if dataset.is_zvol else aside.FILESYSTEM_PROPERTIES
         name = context.full_name(dataset.name, source)
+        try:
+            reading.check_usable(context, name)
+        except NotReadable as error:
+            raise Unsupported(str(error), hint="it is sent instead") from error
         context.change("zfs", "clone", *aside.options(settings), name, target, dataset=name, doing="cloning")
         return VolumeInfo(VolumeId(self.name, new), source.size, None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from backends.zfs import aside, placeholders, properties, taking_over
+from backends.zfs import aside, healing, placeholders, properties, taking_over
 from backends.zfs.context import Context
 from backends.zfs.failures import Operation
 from backends.zfs.listing import Dataset
@@ -51,6 +51,8 @@ def receive(
         )
     if request.mode is ReceiveMode.RESTORE:
         return _Restore(context, request).run(stream, cancel), ()
+    if request.mode is ReceiveMode.HEAL:
+        return healing.heal(context, request, stream, cancel), ()
     received = _Receive(context, request, terms)
     version = received.run(stream, cancel)
     return version, received.take_over()

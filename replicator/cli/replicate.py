@@ -82,34 +82,41 @@ def _show_reports(job: str, reports: tuple[RunReport, ...]) -> None:
 @_target
 @click.option("--snapshot", metavar="NAME", help="Compare this one. Default: the newest that both sides have.")
 @click.option("--repair", is_flag=True, help="Mend what differs.")
+@click.option("--scrub", is_flag=True, help="ZFS: read nothing; compare identities, scrub both pools now, and wait.")
 @yes_option
 @json_option
 @click.pass_obj
 def verify(
-    app: App, volume: str, target: str | None, snapshot: str | None, repair: bool, yes: bool, as_json: bool
+    app: App, volume: str, target: str | None, snapshot: str | None, repair: bool, scrub: bool, yes: bool, as_json: bool
 ) -> int:
-    """Compare a snapshot of VOLUME with the same one on its targets, reading every block of both.
+    """Compare a snapshot of VOLUME with the same one on its targets, reading all of both: images and zvols block by
+    block, filesystems file by file.
 
-    With --repair, blocks that differ are replaced by those of the source; what was there is kept aside. Exits with
-    3 if something differs and was not mended.
+    ZFS that cannot be read (its key is not loaded, no right to mount) is verified by the identities of its snapshots
+    and the last scrubs of both pools; the result always says which it was.
+
+    With --repair, what differs is replaced by the source's: of an image the damaged snapshot is kept aside; of ZFS,
+    from OpenZFS 2.2 on, blocks that the target cannot read are healed where they are. Exits with 3 if something
+    differs and was not mended.
 
     \b
     Examples:
       replicator verify tank:vm-100
       replicator verify tank:vm-100 --target prox2:backup --repair
+      replicator verify tank:vm-100 --scrub
     """
     from replicator.cli import work
     from replicator.web.messages import VERIFICATIONS
 
     if repair:
         consent(
-            f"Blocks of the replicas of {volume} that differ are replaced by the source's; "
-            "the damaged snapshot is kept aside as diverged-<time>. Go on?",
+            f"Blocks of the replicas of {volume} that differ are replaced by the source's; a damaged snapshot of an "
+            "image is kept aside as diverged-<time>, blocks that ZFS cannot read are healed where they are. Go on?",
             yes=yes,
         )
     with connect.open_control(app, tell=True) as control:
         found = work.run(
-            lambda listen, cancel: control.verify(volume, target, snapshot, repair, listen, cancel),
+            lambda listen, cancel: control.verify(volume, target, snapshot, repair, scrub, listen, cancel),
         )
     if as_json:
         print_json(VERIFICATIONS, found)
@@ -120,22 +127,25 @@ def verify(
 
 
 def _show_verification(item: Verification) -> None:
-    from replicator import units
-    from replicator.cli.tables import plain_table
+    from replicator.verification import Method
 
     pair = f"{item.volume} → {item.target}"
-    checked = units.format_size(item.checked)
     if item.equal:
-        say(f"{pair}: equal. All {checked} of {item.snapshot} were read and compared on both sides.")
+        say(f"{pair}: {_equal(item)}")
+    elif item.method is Method.SCRUB:
+        say(f"{pair}: not right at {item.snapshot}. {_NOT_READ}")
+    elif item.method is Method.FILES:
+        _show_files(pair, item)
+    elif item.range_count:
+        _show_ranges(pair, item)
+    else:
+        say(f"{pair}: the blocks of {item.snapshot} are equal on both sides, but:")
+    for problem in item.problems:
+        say(f"  {problem}")
+    for remark in item.notes:
+        note(f"- {remark}")
+    if item.equal:
         return
-    ranges = f"{item.range_count} range{'s' if item.range_count > 1 else ''}"
-    say(f"{pair}: {units.format_size(item.differing)} of {checked} differ, in {ranges} of {item.snapshot}:")
-    table = plain_table("  OFFSET", "LENGTH", right=(0, 1))
-    for piece in item.ranges[:SHOWN_RANGES]:
-        table.add_row(f"  {piece.offset}", units.format_size(piece.length))
-    console().print(table)
-    if item.range_count > SHOWN_RANGES:
-        say(f"  and {item.range_count - SHOWN_RANGES} more; --json has them")
     if item.repaired:
         kept = f" What was there is kept as {item.aside}." if item.aside else ""
         say(f"Mended: the replica has the source's blocks now.{kept}")
@@ -144,6 +154,51 @@ def _show_verification(item: Verification) -> None:
             f"`replicator verify {item.volume} --target {item.target} --repair` mends this snapshot; "
             f"`replicator resync {item.volume} --target {item.target}` makes the whole replica right"
         )
+
+
+_NOT_READ = "The data was not read and compared: identities and the pools' scrubs were."
+
+
+def _equal(item: Verification) -> str:
+    from replicator import units
+    from replicator.verification import Method
+
+    checked = units.format_size(item.checked)
+    match item.method:
+        case Method.SCRUB:
+            return (
+                f"same snapshots up to {item.snapshot}, and both pools scrubbed without a damage in them. {_NOT_READ}"
+            )
+        case Method.FILES:
+            return (
+                f"equal. All {item.entries} files and folders of {item.snapshot} ({checked}) were read and compared on "
+                "both sides."
+            )
+        case _:
+            return f"equal. All {checked} of {item.snapshot} were read and compared on both sides."
+
+
+def _show_ranges(pair: str, item: Verification) -> None:
+    from replicator import units
+    from replicator.cli.tables import plain_table
+
+    ranges = f"{item.range_count} range{'s' if item.range_count > 1 else ''}"
+    checked = units.format_size(item.checked)
+    say(f"{pair}: {units.format_size(item.differing)} of {checked} differ, in {ranges} of {item.snapshot}:")
+    table = plain_table("  OFFSET", "LENGTH", right=(0, 1))
+    for piece in item.ranges[:SHOWN_RANGES]:
+        table.add_row(f"  {piece.offset}", units.format_size(piece.length))
+    console().print(table)
+    if item.range_count > SHOWN_RANGES:
+        say(f"  and {item.range_count - SHOWN_RANGES} more; --json has them")
+
+
+def _show_files(pair: str, item: Verification) -> None:
+    say(f"{pair}: {item.file_count} of {item.entries} files and folders of {item.snapshot} differ:")
+    for file in item.files[:SHOWN_RANGES]:
+        say(f"  {file.path}: {'; '.join(file.what)}")
+    if item.file_count > SHOWN_RANGES:
+        say(f"  and {item.file_count - SHOWN_RANGES} more; --json has them")
 
 
 @click.command(cls=Verb)

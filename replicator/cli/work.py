@@ -25,7 +25,7 @@ from replicator.cli.tables import OUTCOMES, amount, left, progress_table, short
 from replicator.control import Happening, Listener, Note, RunReport
 from replicator.model import Progress
 from replicator.units import format_rate, format_size
-from replicator.verification import Resync, Verification
+from replicator.verification import Method, Resync, Verification
 
 DRAW_SECONDS = 0.1
 LINE_SECONDS = 5.0
@@ -62,9 +62,12 @@ def sentence(happening: Happening) -> tuple[str, str] | None:
             style = OUTCOMES.get(happening.outcome, "red")
             return f"{happening.volume} → {happening.target}: {happening.outcome}{reason}", style
         case Verification():
-            result = "equal" if happening.equal else f"{format_size(happening.differing)} differ"
+            if happening.method is Method.SCRUB:
+                did, result = "looked at the scrubs for", "right" if happening.equal else "not right"
+            else:
+                did, result = "compared", "equal" if happening.equal else f"{format_size(happening.differing)} differ"
             style = "green" if happening.equal else "red"
-            return f"{happening.volume} → {happening.target}: compared {happening.snapshot}, {result}", style
+            return f"{happening.volume} → {happening.target}: {did} {happening.snapshot}, {result}", style
         case Resync():
             return f"{happening.volume} → {happening.target}: right again at {happening.snapshot}", "green"
         case _:

@@ -227,7 +227,7 @@ def _work(control: Control, works: Works) -> APIRouter:
         return EventStream(
             works,
             lambda listen, cancel: messages.VERIFICATIONS.dump_json(
-                control.verify(order.volume, order.target, order.snapshot, order.repair, listen, cancel)
+                control.verify(order.volume, order.target, order.snapshot, order.repair, order.scrub, listen, cancel)
             ),
         )
 

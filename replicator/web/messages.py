@@ -87,6 +87,7 @@ class VerifyRequest:
     target: str | None = None
     snapshot: str | None = None
     repair: bool = False
+    scrub: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,13 @@ BLOCK_STORAGES = [
 NATIVE_STORAGES = [pytest.param("zfs", marks=pytest.mark.tier("zfs"))]
 
 # Without a storage of native streams here there is nothing to run them on; `make lab` runs them where there is.
-_NATIVE_FILES = ["test_backend_native.py", "test_backend_trees.py", "test_zfs_library.py", "test_zfs_volumes.py"]
+_NATIVE_FILES = [
+    "test_backend_native.py",
+    "test_backend_trees.py",
+    "test_zfs_library.py",
+    "test_zfs_verification.py",
+    "test_zfs_volumes.py",
+]
 collect_ignore = _NATIVE_FILES if tiers.missing("zfs") else []
 
 

@@ -70,7 +70,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "sync": ("vms", "images:vm-100", "prox2:backup"),
     "preview_resync": ("images:ü/disk 1&x=%2F", None),
     "resync": ("images:vm-100", "prox2:backup"),
-    "verify": ("images:vm-100", None, "snap", True),
+    "verify": ("images:vm-100", None, "snap", True, True),
     "snapshots": ("images:vm-100",),
     "prune": ("vms", True),
     "restore": ("images:vm-100@snap", "images:new"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import threading
@@ -9,13 +10,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from backends import walking
+from replicator import manifest
 from replicator.cancellation import Cancellation
-from replicator.endpoint import DigestRequest, Endpoint, ReceiveRequest, SendRequest, SnapshotRequest
+from replicator.endpoint import (
+    DigestRequest,
+    Endpoint,
+    ManifestRequest,
+    ReceiveRequest,
+    Scrub,
+    ScrubRequest,
+    SendRequest,
+    SnapshotRequest,
+)
 from replicator.errors import (
     Cancelled,
     ChecksumMismatch,
@@ -32,7 +45,7 @@ from replicator.model import Lineage, Role, StreamKind, Version, VolumeId
 from replicator.streams import Chunk, ChunkStream, NativeChunk, Stream
 from tests.support.cases import MemoryCase
 from tests.support.transport import HOST, LOOPBACK, SHORT, Peers, make_cluster, pool_to, remote_endpoint, serving
-from transport import certificates, messages
+from transport import certificates, checksum, messages
 from transport.authorization import PeerRights
 from transport.connection import Connection
 from transport.frames import FrameType, encode_header
@@ -137,6 +150,41 @@ def test_a_volume_goes_there_and_comes_back_equal(tmp_path: Path) -> None:
             for v in (SOURCE, TARGET)
         ]
         assert digests[0] == digests[1] != b""
+
+
+class Inspected:
+    """A node whose storage has a filesystem and a pool."""
+
+    node = "one"
+    pool = Scrub("tank", True, 1, 2, datetime(2026, 11, 20, tzinfo=UTC), 2**63, 3, ("tank/vm@a:/x",), 4)
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.scrubs: list[ScrubRequest] = []
+
+    def manifest(self, request: ManifestRequest, cancel: Cancellation) -> Stream:
+        fd = os.open(self._folder, os.O_RDONLY)
+        walk = walking.walk(fd, bytes.fromhex(request.key), checksum, cancel)
+        return ChunkStream(StreamKind.NATIVE, manifest.chunks(walk), estimate=5, on_close=lambda: os.close(fd))
+
+    def scrub(self, request: ScrubRequest) -> Scrub:
+        self.scrubs.append(request)
+        return self.pool
+
+
+def test_a_manifest_and_a_scrub_arrive_as_they_were(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for number in range(20_000):
+        (tree / f"a rather long name of a file, so that it takes several frames {number}").touch()
+    node = Inspected(tree)
+    request = ManifestRequest(SOURCE, VERSION.ref, KEY)
+    with remote_endpoint(tmp_path, cast(Endpoint, node), BOTH) as remote:
+        with remote.manifest(request, Cancellation()) as stream, node.manifest(request, Cancellation()) as near:
+            assert stream.estimate == 5
+            assert list(manifest.records(stream)) == list(manifest.records(near))
+        assert remote.scrub(ScrubRequest(SOURCE, start=True)) == node.pool
+        assert node.scrubs == [ScrubRequest(SOURCE, start=True)]
 
 
 @pytest.mark.parametrize("compressible", [True, False])

@@ -18,7 +18,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from replicator.cancellation import Cancellation
-from replicator.endpoint import DigestRequest, PruneRequest, ReceiveRequest, SendRequest, SnapshotRequest
+from replicator.endpoint import (
+    DigestRequest,
+    ManifestRequest,
+    PruneRequest,
+    ReceiveRequest,
+    ScrubRequest,
+    SendRequest,
+    SnapshotRequest,
+)
 from replicator.errors import (
     ConnectionLost,
     IdentityError,
@@ -290,6 +298,8 @@ READS = {
     "estimate": lambda r, v: r.estimate(v, None, REF),
     "send": lambda r, v: r.send(SendRequest(v, None, REF, KEY), Cancellation()),
     "digests": lambda r, v: list(r.digests(DigestRequest(v, REF, KEY), Cancellation())),
+    "manifest": lambda r, v: r.manifest(ManifestRequest(v, REF, KEY), Cancellation()),
+    "scrub": lambda r, v: r.scrub(ScrubRequest(v, start=True)),
     "hold": lambda r, v: r.hold(v, REF, "replicator:x"),
     "release": lambda r, v: r.release(v, REF, "replicator:x"),
     "properties": lambda r, v: r.properties(v),

@@ -85,10 +85,11 @@ class FakeControl:
         target: str | None,
         snapshot: str | None,
         repair: bool,
+        scrub: bool,
         listen: Listener,
         cancel: Cancellation,
     ) -> tuple[Verification, ...]:
-        found: tuple[Verification, ...] = self._work("verify", listen, cancel, volume, target, snapshot, repair)
+        found: tuple[Verification, ...] = self._work("verify", listen, cancel, volume, target, snapshot, repair, scrub)
         return found
 
     def snapshots(self, volume: str) -> tuple[SideSnapshots, ...]:

@@ -12,9 +12,12 @@ from replicator.endpoint import (
     DigestRequest,
     Endpoint,
     Head,
+    ManifestRequest,
     PruneOutcome,
     PruneRequest,
     ReceiveRequest,
+    Scrub,
+    ScrubRequest,
     SendRequest,
     SnapshotRequest,
     VolumeListing,
@@ -157,6 +160,14 @@ class FaultyEndpoint:
     def digests(self, request: DigestRequest, cancel: Cancellation) -> Iterator[DigestBatch]:
         self._fail("digests", Point.BEFORE)
         return self._inner.digests(request, cancel)
+
+    def manifest(self, request: ManifestRequest, cancel: Cancellation) -> Stream:
+        self._fail("manifest", Point.BEFORE)
+        return self._inner.manifest(request, cancel)
+
+    def scrub(self, request: ScrubRequest) -> Scrub:
+        self._fail("scrub", Point.BEFORE)
+        return self._inner.scrub(request)
 
     def set_aside(self, volume: VolumeId, name: str) -> VersionRef | None:
         self._fail("set_aside", Point.BEFORE)

@@ -15,6 +15,7 @@ from backends.zfs.properties import PLACEHOLDER
 from backends.zfs.taking_over import Terms
 from replicator.model import Version, VersionKind, VersionRef
 from tests.support.cases import BackendCase
+from transport import checksum
 
 POOL = "tank"
 _NUMBERS = itertools.count()
@@ -56,7 +57,7 @@ class ZfsCase(BackendCase):
         self.backend = self._open()
 
     def _open(self) -> ZfsBackend:
-        return ZfsBackend(self.name, self.root, terms=self.terms, info_age=0.0)
+        return ZfsBackend(self.name, self.root, checksums=checksum, terms=self.terms, info_age=0.0)
 
     def close(self) -> None:
         """Destroy everything."""

@@ -21,6 +21,7 @@ from replicator.errors import ConnectionLost, ReplicatorError
 from replicator.model import Capability, Lineage, Role, StreamKind, Version, VolumeId
 from replicator.streams import Chunk, ChunkStream, NativeChunk
 from tests.support.blocks import KEY
+from transport import checksum
 
 LINEAGE = Lineage("6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00", Role.PRIMARY, 1)
 TAG = "replicator:vms:prox2:backup"
@@ -163,7 +164,7 @@ def target(backend: ZfsBackend, folder: Path, refusals: Refusals, *steps: str) -
 def main() -> int:
     phase, root, place = sys.argv[1:]
     folder = Path(place)
-    backend = ZfsBackend("store", root)
+    backend = ZfsBackend("store", root, checksums=checksum)
     refusals = Refusals()
     if phase == "lacking":
         for uses in (Capability.SEND, Capability.RECEIVE):

@@ -265,7 +265,7 @@ def test_verify_says_what_differs_and_how_to_mend_it(terminal: Terminal) -> None
     result = terminal.run("verify", VOLUME, "--repair", "--yes", "--snapshot", "snap", "--target", TARGET)
     assert result.exit_code == DONE
     assert "kept as diverged-x" in result.stdout
-    assert terminal.control.calls[-1] == ("verify", VOLUME, TARGET, "snap", True)
+    assert terminal.control.calls[-1] == ("verify", VOLUME, TARGET, "snap", True, False)
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replicator.endpoint import (
+    MAX_DAMAGED,
     MAX_RANGES,
     DigestRequest,
     Head,
+    ManifestRequest,
     PruneOutcome,
     PruneRequest,
     Range,
     ReceiveMode,
     ReceiveRequest,
+    Scrub,
+    ScrubRequest,
     SendRequest,
     SnapshotRequest,
     VolumeListing,
@@ -92,7 +96,10 @@ REQUESTS: list[Request] = [
     messages.Receive(replace(RECEIVE, origin=VOLUME, properties=(Property("compression", "lz4"),)), None),
     messages.States((VOLUME, VolumeId("tank", "two/vm-2"))),
     messages.Heads((VOLUME,)),
+    messages.Manifest(ManifestRequest(VOLUME, VERSION.ref, KEY)),
+    messages.Scrub(ScrubRequest(VOLUME, start=True)),
 ]
+SCRUB = Scrub("tank", False, 0, 5, datetime(2026, 11, 20, tzinfo=UTC), 2**64 - 1, 1, ("tank/vm:/a\\x0a",), 2)
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=messages.operation)
@@ -126,6 +133,8 @@ def test_every_request_has_a_sample_and_an_answer() -> None:
             StatesPart,
             StatesPart((Listed(VOLUME, None, Fault("no_space", "full", "")), Listed(VOLUME, None, None)), more=True),
         ),
+        (Scrub, SCRUB),
+        (Scrub, replace(SCRUB, finished=None, position=None, damaged=())),
     ],
 )
 def test_answers_come_out_as_they_went_in(kind: Any, value: Any) -> None:
@@ -220,11 +229,32 @@ RECEIVING, SENDING, RANGED = REQUESTS[11], REQUESTS[9], REQUESTS[10]
         (REQUESTS[22], "request.properties", [{"name": "-o", "value": "c"}]),
         (REQUESTS[22], "request.properties", [{"name": "a", "value": "c" * 5000}]),
         (REQUESTS[22], "request.properties", [{"name": "a", "value": "c"}] * 65),
+        (REQUESTS[25], "request.key", "no key"),
+        (REQUESTS[26], "request.start", 1),
     ],
 )
 def test_what_is_out_of_range_is_refused(request_: Request, path: str, value: object) -> None:
     with pytest.raises((ProtocolError, InvalidName)):
         decode_request(change(request_, path, value))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"done": -1},
+        {"total": 2**63},
+        {"position": 2**64},
+        {"errors": -1},
+        {"damaged": ["x"] * (MAX_DAMAGED + 1)},
+        {"damaged": ["x" * 5000]},
+        {"pool": "x" * 5000},
+        {"damaged_elsewhere": -1},
+    ],
+)
+def test_what_a_peer_says_of_its_pool_is_bounded(changed: dict[str, Any]) -> None:
+    facts = json.loads(encode_answer(Scrub, SCRUB)) | changed
+    with pytest.raises(ProtocolError):
+        decode_answer(Scrub, json.dumps(facts).encode())
 
 
 def test_names_are_checked_on_the_way_out_and_in_listings_too() -> None:

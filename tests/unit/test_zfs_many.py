@@ -15,6 +15,7 @@ from backends.zfs.many import HEAD_COLUMNS, SNAPSHOT_COLUMNS
 from replicator.errors import ReplicatorError, SnapshotHeld, StorageUnavailable, VolumeBusy
 from replicator.model import Lineage, Role, VersionKind, VersionRef, VolumeId
 from tests.support.zfs_records import Answer, RecordedRunner, failed, row
+from transport import checksum
 
 UUID = "6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00"
 PRIMARY = Lineage(UUID, Role.PRIMARY, 3)
@@ -53,7 +54,7 @@ def backend(**answers: Answer) -> tuple[ZfsBackend, RecordedRunner]:
     }
     assert not answers
     runner = RecordedRunner(record)
-    return ZfsBackend("store", "tank/vm", runner=runner), runner
+    return ZfsBackend("store", "tank/vm", checksums=checksum, runner=runner), runner
 
 
 def head(name: str, guid: int, newest: str, **values: object) -> str:
