@@ -1,6 +1,7 @@
 """Streams through the real transport on loopback, beside bare TLS and ssh.
 
-Rounds of all contenders are interleaved, so that what else the machine does meets all alike; medians are compared.
+Rounds of all contenders are interleaved, and each begins with another one, so that neither what else the machine does
+nor who runs after whom favours anybody; medians are compared.
 Run with ``python -m benchmarks.bench_stream [--json FILE] [--quick]``.
 """
 
@@ -26,9 +27,11 @@ def measure(contenders: dict[str, Move], size: int, rounds: int) -> dict[str, li
     for move in contenders.values():
         move(64 * MIB)
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, move in contenders.items():
-            speeds[name].append(size / move(size) / 1e9)
+    names = list(contenders)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            speeds[name].append(size / contenders[name](size) / 1e9)
     return speeds
 
 

@@ -31,8 +31,8 @@ ALPN = "replicator/1"
 ALPN_JOIN = "replicator-join/1"
 """A client without a certificate may speak this and nothing else."""
 
-WRITE_PIECE = 256 * 1024
-"""Bytes encrypted at once before they are handed to the socket."""
+WRITE_PIECE = 1024 * 1024
+"""Bytes encrypted at once before they are handed to the socket: most of a frame, so that both sides are woken rarely."""
 
 
 class Refusal(StrEnum):

@@ -19,7 +19,7 @@ from tests.support.transport import Cluster, make_cluster
 from transport import certificates
 from transport._tls import Context, Session, TlsError
 from transport.identity import create_cluster
-from transport.tls import ALPN, Refusal, Refused, TlsChannel, client_context, server_context
+from transport.tls import ALPN, WRITE_PIECE, Refusal, Refused, TlsChannel, client_context, server_context
 
 DEADLINE = 30.0
 MIB = 1 << 20
@@ -158,8 +158,8 @@ def test_the_key_is_renewed_in_time(cluster: Cluster) -> None:
             server.send((b"and back",), DEADLINE)
             assert read(client, 8) == b"and back"
             sent[rekey_after] = client.sent - before
-    # Pieces of 256 KiB: after every one but the last, which has nothing behind it.
-    assert sent[200_000] - sent[1 << 40] == 15 * 27
+    pieces = 4 * MIB // WRITE_PIECE  # a new key after every one but the last, which has nothing behind it
+    assert sent[200_000] - sent[1 << 40] == (pieces - 1) * 27
 
 
 def test_another_implementation_understands_it(cluster: Cluster) -> None:
