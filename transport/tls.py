@@ -32,7 +32,7 @@ ALPN_JOIN = "replicator-join/1"
 """A client without a certificate may speak this and nothing else."""
 
 WRITE_PIECE = 1024 * 1024
-"""Bytes encrypted at once before they are handed to the socket: most of a frame, so that both sides are woken rarely."""
+"""Bytes encrypted at once before they are handed to the socket: most of a frame, so that neither side wakes often."""
 
 
 class Refusal(StrEnum):
