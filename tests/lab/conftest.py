@@ -22,6 +22,6 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
             pytest.skip(f"lab {name} has {len(attached.nodes)} nodes of {attached.suite}")
         yield attached
         return
-    with Lab(request.param) as made:
+    with Lab(request.param, f"test-{request.param}") as made:
         made.up(count)
         yield made

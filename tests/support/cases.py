@@ -16,10 +16,12 @@ class BackendCase(ABC):
 
     :ivar backend: use it; ``reopen`` makes it anew from what is durable
     :ivar unit: sizes of its volumes are multiples of so many bytes, and at least that
+    :ivar damageable: whether there is a way to change a snapshot's bytes
     """
 
     backend: Backend
     unit = 1
+    damageable = True
 
     def close(self) -> None:
         """Leave nothing behind."""

@@ -48,6 +48,7 @@ class ZfsCase(BackendCase):
     """
 
     unit = _BLOCK
+    damageable = False
 
     def __init__(self, name: str = "store", *, create: tuple[str, ...] = ()) -> None:
         self.root = f"{POOL}/case-{os.getpid()}-{next(_NUMBERS)}"
