@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ _MISSING = pytest.StashKey[dict[str, str]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="run the large counts in full instead of a sample")
     parser.addoption("--lab", action="store_true", help="run the tests in emulated guests too (tests/lab)")
+    parser.addoption("--part", metavar="K/N", help="one of N parts of the tests, spread over all; the same each time")
     parser.addoption("--lab-attach", metavar="NAME", help="use the lab of that name that is up, and leave it up")
 
 
@@ -34,13 +36,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--lab"):
-        return
     lab = Path(__file__).with_name("lab")
-    left_out = [item for item in items if item.path.is_relative_to(lab)]
+    with_lab = config.getoption("--lab")
+    wanted, parts = map(int, (config.getoption("--part") or "1/1").split("/"))
+
+    def taken(item: pytest.Item) -> bool:
+        number = zlib.crc32(item.nodeid.encode()) % parts + 1
+        return number == wanted and (with_lab or not item.path.is_relative_to(lab))
+
+    left_out = [item for item in items if not taken(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        items[:] = [item for item in items if taken(item)]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
