@@ -41,7 +41,7 @@ def unpack(data: bytes) -> dict[str, Value]:
 
 def _native(data: bytes) -> dict[str, Value]:
     """A flat one, as written by a little-endian machine: the only kind that runs Debian's OpenZFS packages on a server.
-    What is nested in it is left out."""
+    What is nested in it has the value None."""
     if data[1] != 1:
         raise _bad("was written by a big-endian machine")
     at = 12  # encoding and byte order, version, flags
@@ -56,14 +56,15 @@ def _native(data: bytes) -> dict[str, Value]:
         if name_size < 1 or not value <= end <= len(data):
             raise _bad("has a pair of impossible length")
         name = data[at + _PAIR.size : at + _PAIR.size + name_size - 1].decode("utf-8")
+        _check_new(name, pairs)
         if kind == _UINT64:
             pairs[name] = int(struct.unpack_from("<Q", data[:end], value)[0])
         elif kind == _STRING:
             pairs[name] = data[value:end].partition(b"\0")[0].decode("utf-8")
         elif kind == _BOOLEAN_VALUE:
             pairs[name] = bool(struct.unpack_from("<I", data[:end], value)[0])
-        elif kind == _BOOLEAN:
-            pairs[name] = True
+        else:
+            pairs[name] = True if kind == _BOOLEAN else None
         at = end
 
 
@@ -80,9 +81,16 @@ def _list(data: bytes, at: int, depth: int) -> tuple[dict[str, Value], int]:
         if size < 20 or end > len(data):
             raise _bad("has a pair of impossible length")
         name, place = _string(data, at + 8, end)
+        _check_new(name, pairs)
         kind, count = struct.unpack_from(">II", data, place)
         pairs[name] = _value(data[:end], place + 8, kind, count, depth)
         at = end
+
+
+def _check_new(name: str, pairs: dict[str, Value]) -> None:
+    """Which of two of a name counts, we and ZFS might see differently."""
+    if name in pairs:
+        raise _bad(f"has two values called {name[:40]!r}")
 
 
 def _string(data: bytes, at: int, end: int) -> tuple[str, int]:

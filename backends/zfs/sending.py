@@ -16,7 +16,8 @@ from backends.zfs.context import Context
 from backends.zfs.failures import Operation, failure
 from backends.zfs.library import command_space
 from backends.zfs.listing import Dataset
-from backends.zfs.tokens import read_token
+from backends.zfs.properties import StreamForm
+from backends.zfs.tokens import COMPRESSED, FLAGS, RAW, read_token
 from replicator.cancellation import Cancellation
 from replicator.endpoint import SendRequest
 from replicator.errors import NoSuchSnapshot, StaleResume, StorageUnavailable, Unsupported
@@ -186,7 +187,7 @@ def open_stream(context: Context, request: SendRequest, cancel: Cancellation) ->
         )
     total: int | None
     if request.resume is not None:
-        arguments = _resumed(request, request.resume, base, to)
+        arguments = _resumed(request, request.resume, dataset, base, to)
         rest = command_space(context.runner, arguments)
         total = request.resume.offset + rest if rest is not None else None
     else:
@@ -211,10 +212,14 @@ def open_stream(context: Context, request: SendRequest, cancel: Cancellation) ->
     return ChunkStream(StreamKind.NATIVE, chunks(), estimate=total, on_close=close)
 
 
-def _resumed(request: SendRequest, resume: ResumeState, base: Version | None, to: Version) -> tuple[str, ...]:
+def _resumed(
+    request: SendRequest, resume: ResumeState, dataset: Dataset, base: Version | None, to: Version
+) -> tuple[str, ...]:
     """The arguments that continue an interrupted stream.
 
-    The token comes from the receiver, and zfs send -t sends whatever it names: so it must name what was asked for.
+    The token comes from the receiver, and anybody can make one. zfs send -t sends whatever it names, from whatever
+    dataset of the pool it is found in, in whatever form the token says: decrypted, where that does not say "raw". So it
+    must name what was asked for, and be of the form that is sent anew too.
     """
     if resume.kind is not StreamKind.NATIVE:
         raise _stale(request, f"it is of a {resume.kind} stream")
@@ -223,6 +228,12 @@ def _resumed(request: SendRequest, resume: ResumeState, base: Version | None, to
         raise _stale(request, "it is of another snapshot")
     if token.base_guid != (base.guid if base is not None else None):
         raise _stale(request, "it has another base")
+    if token.dataset != dataset.name:
+        raise _stale(request, f"it was begun from {token.dataset[:80]!r}, and {dataset.name} is the source now")
+    raw = dataset.encrypted and dataset.default_form is StreamForm.RAW
+    needed, allowed = ({RAW, COMPRESSED}, FLAGS) if raw else ({COMPRESSED}, FLAGS - {RAW})
+    if not needed <= token.flags <= allowed:
+        raise _stale(request, f"it was begun in another form than {dataset.default_form}")
     return ("-t", token.text)
 
 

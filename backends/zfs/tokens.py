@@ -19,6 +19,13 @@ from replicator.model import ResumeState, StreamKind
 MAX_TOKEN = 32 * 1024
 """Characters."""
 _MAX_PACKED = 64 * 1024
+RAW = "rawok"
+COMPRESSED = "compressok"
+FLAGS = frozenset({RAW, COMPRESSED, "largeblockok", "embedok"})
+"""What a token of a stream of ours can have beside the six values that all have. The receiving kernel notes what the
+stream's head says (``dmu_recv_begin_sync`` in ``module/zfs/dmu_recv.c``), and that names large and embedded blocks only
+where there may be some, but always compression (``setup_featureflags`` in ``module/zfs/dmu_send.c``)."""
+_VALUES = frozenset({"fromguid", "object", "offset", "bytes", "toguid", "toname"})
 _TOKEN = re.compile(r"1-([0-9a-f]{1,16})-([0-9a-f]{1,8})-((?:[0-9a-f]{2})+)")
 
 
@@ -28,18 +35,20 @@ class ResumeToken:
 
     :ivar text: the token itself
     :ivar to_guid: snapshot that was being received
-    :ivar to_name: its name at the source, without the dataset
+    :ivar dataset: the source
+    :ivar to_name: the snapshot's name there
     :ivar base_guid: what the stream began from, None for a full one
     :ivar received: bytes of the stream that arrived
-    :ivar raw: whether the stream is a raw one
+    :ivar flags: what zfs send -t takes from it as options, by mere presence: see :data:`FLAGS`
     """
 
     text: str
     to_guid: str
+    dataset: str
     to_name: str
     base_guid: str | None
     received: int
-    raw: bool
+    flags: frozenset[str]
 
     @property
     def resume(self) -> ResumeState:
@@ -74,8 +83,9 @@ def read_token(text: str) -> ResumeToken:
     if not isinstance(to_guid, int) or not isinstance(to_name, str) or not isinstance(received, int):
         raise _bad("does not say what was being received")
     base = str(from_guid) if isinstance(from_guid, int) and from_guid else None
-    name = to_name.partition("@")[2] or to_name
-    return ResumeToken(text, str(to_guid), name, base, received, bool(values.get("rawok")))
+    dataset, _, name = to_name.partition("@")
+    flags = frozenset(values) - _VALUES
+    return ResumeToken(text, str(to_guid), dataset, name or to_name, base, received, flags)
 
 
 def _fletcher4(data: bytes) -> int:

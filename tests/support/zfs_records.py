@@ -10,14 +10,19 @@ from dataclasses import dataclass, field
 from backends.zfs.commands import Finished, Process
 from backends.zfs.listing import COLUMNS
 
+Values = dict[str, int | str | bool | None]
 
-def native_nvlist(pairs: dict[str, int | str | bool]) -> bytes:
-    """A packed nvlist in native encoding, little-endian, as OpenZFS packs resume tokens."""
+
+def native_nvlist(pairs: Values, *more: Values) -> bytes:
+    """A packed nvlist in native encoding, little-endian, as OpenZFS packs resume tokens. None is a value of a type that
+    tokens do not have; more pairs may have names that are there already."""
     out = bytearray(b"\0\1\0\0" + struct.pack("<iI", 0, 1))
-    for name, value in pairs.items():
+    for name, value in (pair for part in (pairs, *more) for pair in part.items()):
         text = name.encode() + b"\0"
         if value is True:
             kind, count, data = 1, 0, b""
+        elif value is None:
+            kind, count, data = 2, 1, b"\1"
         elif isinstance(value, int):
             kind, count, data = 8, 1, struct.pack("<Q", value)
         else:
@@ -57,9 +62,9 @@ def package(*datasets: Nested) -> bytes:
     return b"\1\1\0\0" + _xdr_pairs({"fromsnap": "a", "fss": {f"0x{n:x}": d for n, d in enumerate(datasets)}})
 
 
-def make_token(**values: int | str | bool) -> str:
+def make_token(*more: Values, **values: int | str | bool | None) -> str:
     """A resume token."""
-    plain = native_nvlist(values)
+    plain = native_nvlist(values, *more)
     packed = zlib.compress(plain)
     words = struct.unpack_from(f"<{len(packed) // 4}I", packed)
     return f"1-{sum(words) & 0xFFFFFFFFFFFFFFFF:x}-{len(plain):x}-{packed.hex()}"

@@ -51,7 +51,7 @@ def test_a_token_says_what_was_being_received() -> None:
     text = make_token(fromguid=7, object=1, offset=4096, bytes=123456, toguid=GUID, toname="tank/vm/a@two", rawok=True)
     token = read_token(text)
     assert (token.to_guid, token.to_name, token.base_guid, token.received) == (str(GUID), "two", "7", 123456)
-    assert token.raw
+    assert (token.dataset, token.flags) == ("tank/vm/a", frozenset({"rawok"}))
     assert token.resume.token == text
     assert read_token(make_token(toguid=1, toname="a@b", bytes=0)).base_guid is None
 
@@ -69,6 +69,7 @@ def test_tokens_that_are_refused() -> None:
         f"{version}-{checksum}-0-{data}",
         make_token(toname="a@b", bytes=0),
         make_token(toguid=1, bytes=0),
+        make_token({"toguid": 2}, toguid=1, toname="a@b", bytes=0),
         "1-0-10-" + "00" * 40_000,
     ):
         with pytest.raises(StaleResume):
