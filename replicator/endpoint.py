@@ -225,7 +225,7 @@ class PruneRequest:
     one for the peer that asks), and it never destroys a held version, a foreign one or one named in ``protect``.
 
     :ivar keep: policy text, see :mod:`replicator.retention`
-    :ivar protect: guids that must stay: the last common version of every target
+    :ivar protect: guids that must stay: the last common version of every target, and what clones began as
     """
 
     volume: VolumeId

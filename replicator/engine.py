@@ -266,13 +266,13 @@ class Engine:
             pair.source_volume,
             task.job.name,
             task.job.keep.source,
-            (common.source.guid,) if common else (),
+            tuple(sorted(survey.protect)),
             dry_run=True,
         )
         source = tuple(o for o in pair.source.prune(request) if not o.kept)
         if common is None:
             return source, ()
-        theirs = self._runner.target_prune_request(task, common.target.guid, dry_run=True)
+        theirs = self._runner.target_prune_request(task, survey.protect, dry_run=True)
         return source, tuple(o for o in pair.target.prune(theirs) if not o.kept)
 
     # -- running
@@ -384,10 +384,8 @@ class Engine:
             reports.append(_pruned(tasks[0].pair.source, request))
             for task in tasks:
                 try:
-                    common = self._runner.survey(task, sizes=False).common
-                    theirs = self._runner.target_prune_request(
-                        task, common.target.guid if common else None, dry_run=dry_run
-                    )
+                    survey = self._runner.survey(task, sizes=False)
+                    theirs = self._runner.target_prune_request(task, survey.protect, dry_run=dry_run)
                     if task.pair.target.state(task.pair.target_volume) is None:
                         continue
                 except ReplicatorError as error:

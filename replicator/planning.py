@@ -56,11 +56,14 @@ class SendPolicy:
 
     :ivar job: only snapshots that this job made; None: foreign ones as well
     :ivar foreign: with a job: snapshots that replicator did not make and that are sent all the same, every one of them
+    :ivar origins: names of snapshots that clones in the same job began as: they are sent whoever made them, because
+        without them the clones would go in full and be clones no more
     """
 
     intermediates: Intermediates = Intermediates.ALL
     job: str | None = None
     foreign: SnapshotPatterns = field(default_factory=SnapshotPatterns)
+    origins: frozenset[str] = frozenset()
 
     def selects(self, version: Version) -> bool:
         """Whether this version is one to send. Bookmarks have no data; what a resync kept aside stays where it is."""
@@ -69,7 +72,9 @@ class SendPolicy:
         return self.job is None or version.job == self.job or self.wants(version)
 
     def wants(self, version: Version) -> bool:
-        """Whether this is a foreign snapshot that was asked for by its name."""
+        """Whether this is a snapshot that was asked for by its name: never passed over for a newer one."""
+        if version.name in self.origins:
+            return True
         return self.job is not None and version.job is None and self.foreign.matches(version.name)
 
 
@@ -88,11 +93,13 @@ class CloneBase:
 
     :ivar source, target: the volumes that have it
     :ivar common: it, as each side knows it
+    :ivar coming: the target does not have it yet: the next run of the origin brings it
     """
 
     source: VolumeId
     target: VolumeId
     common: Common
+    coming: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +177,22 @@ class Plan:
         """Whether the target has all it should have already (false for a source without any snapshot)."""
         return not self.steps and self.common is not None
 
+    @property
+    def waits_for(self) -> CloneBase | None:
+        """What must be on the target before the first step can be done."""
+        clone = self.steps[0].clone if self.steps else None
+        return clone if clone is not None and clone.coming else None
+
+    def brings(self, version: Version) -> Version | None:
+        """A snapshot of the source as it will be on the target, if it is one of those that are sent."""
+        for step in self.steps:
+            if step.to.guid == version.guid:
+                return step.arriving
+            begin = step.base.position if step.intermediates and step.base is not None else step.to.position
+            if begin < version.position < step.to.position:
+                return version
+        return None
+
 
 def plan(
     source: VolumeState | None,
@@ -177,12 +200,16 @@ def plan(
     policy: SendPolicy,
     route: Route,
     clone: CloneBase | None = None,
+    *,
+    origin_passed: bool = False,
 ) -> Plan | Conflict:
     """What brings ``target`` up to date with ``source``.
 
     :param source: None: there is no such volume
     :param target: None: there is no such volume, so a full copy makes it
-    :param clone: what the source is a clone of, where the target has that too
+    :param clone: what the source is a clone of, where the target has that too, or gets it first
+    :param origin_passed: the target has a replica of what the source is a clone of, and that cannot get the snapshot
+        any more because it has newer ones
     """
     if source is None:
         return SourceMissing(route)
@@ -210,16 +237,22 @@ def plan(
     builder.add(sent)
     steps = tuple(builder.steps)
     reason = "" if steps else ("up to date" if common else "the source has no snapshot to send yet")
-    return Plan(steps, common, stale, reason, notes=_notes(source, steps))
+    notes = _notes(source, steps[0].clone if steps else clone, origin_passed) if common is None else ()
+    return Plan(steps, common, stale, reason, notes=notes)
 
 
-def _notes(source: VolumeState, steps: Sequence[Step]) -> tuple[str, ...]:
+def _notes(source: VolumeState, clone: CloneBase | None, origin_passed: bool) -> tuple[str, ...]:
     """What a first copy of a clone costs, and why."""
-    if source.origin is None or not steps or (steps[0].base is not None and steps[0].clone is None):
+    if source.origin is None:
         return ()
-    if steps[0].clone is not None:
-        return (f"it is a clone of {source.origin}, which the target has: only the difference to that is sent",)
-    return (f"it is a clone of {source.origin}, which the target does not have: it is sent in full",)
+    told = f"it is a clone of {source.origin}, which"
+    if clone is not None:
+        there = "goes to the target first" if clone.coming else "the target has"
+        return (f"{told} {there}: only the difference to that is sent",)
+    if origin_passed:
+        passed = f"has newer ones of {source.origin.volume} and not that"
+        return (f"it is a clone of {source.origin}, but the target {passed}: it is sent in full",)
+    return (f"{told} the target does not have: it is sent in full",)
 
 
 def newest_common(source: VolumeState, target: VolumeState | None) -> Common | None:
@@ -227,13 +260,21 @@ def newest_common(source: VolumeState, target: VolumeState | None) -> Common | N
     return _newest_common(source, _live_snapshots(target))
 
 
-def protected_guids(source: VolumeState, targets: Iterable[VolumeState | None]) -> frozenset[str]:
-    """What no policy may destroy, on either side: the last common version with each target, and what a partial state of
-    a target continues.
+def origin_guids(source: VolumeState, policy: SendPolicy) -> frozenset[str]:
+    """The snapshots that clones in the same job began as. No policy may destroy them on either side: a target that
+    lost one could take its clones only in full."""
+    return frozenset(version.guid for version in source.snapshots if version.name in policy.origins)
+
+
+def protected_guids(
+    source: VolumeState, targets: Iterable[VolumeState | None], policy: SendPolicy | None = None
+) -> frozenset[str]:
+    """What no policy may destroy, on either side: the last common version with each target, what a partial state of
+    a target continues, and what clones began as.
 
     :param targets: the states of all live targets; an unreachable one cannot be in here, its hold protects it instead
     """
-    guids: set[str] = set()
+    guids: set[str] = set(origin_guids(source, policy)) if policy is not None else set()
     for target in targets:
         common = newest_common(source, target)
         if common is not None:

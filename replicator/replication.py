@@ -16,7 +16,7 @@ from typing import Protocol
 from replicator.cancellation import Cancellation
 from replicator.conflicts import Conflict, Recreated, Route
 from replicator.endpoint import Endpoint, ReceiveMode, ReceiveRequest, SendRequest, VolumeListing
-from replicator.errors import NoSuchVolume, ReplicatorError
+from replicator.errors import NoSuchVolume, ReplicatorError, StorageError
 from replicator.model import (
     DIVERGED_PREFIX,
     Capability,
@@ -30,7 +30,8 @@ from replicator.model import (
     VolumeState,
     clone_tag,
 )
-from replicator.planning import CloneBase, Common, Plan, SendPolicy, Step, plan, stale_holds
+from replicator.origins import OriginThere, find_origin
+from replicator.planning import CloneBase, Plan, SendPolicy, Step, origin_guids, plan, stale_holds
 from replicator.streams import KEY_SIZE, Chunk, ChunkStream, Stream
 from replicator.watchdog import Watchdog
 
@@ -89,11 +90,13 @@ class Options:
 
     :ivar policy: which snapshots are sent
     :ivar pacers: every one of them holds the stream back
+    :ivar origin_first: the volume is a clone, and the same job brings what it is a clone of to the same target
     """
 
     policy: SendPolicy
     limits: Limits = field(default_factory=Limits)
     pacers: tuple[Pacer, ...] = ()
+    origin_first: bool = False
 
 
 @dataclass(slots=True)
@@ -103,6 +106,7 @@ class Outcome:
     :ivar done: bytes of changes brought over; :ivar sent: bytes that crossed the network
     :ivar steps: steps that were committed
     :ivar newest: newest version that both sides have, complete
+    :ivar origins: guids of snapshots that clones began as: not to be pruned
     """
 
     done: int = 0
@@ -110,6 +114,7 @@ class Outcome:
     steps: int = 0
     attempts: int = 0
     newest: Version | None = None
+    origins: frozenset[str] = frozenset()
 
 
 Observer = Callable[[Progress], None]
@@ -235,11 +240,11 @@ class Replication:
         if target is None and Capability.RENAME in there.capabilities:
             renamed = find_replica(pair, source.lineage)
             target = pair.target.state(renamed) if renamed is not None else None
-        clone = None
-        if Capability.ORIGINS in here.capabilities & there.capabilities:
-            clone = find_origin(pair, source, target)
         route = Route.between(pair.source_volume, here, pair.target.node, there)
-        found = plan(source, target, self._options.policy, route, clone)
+        origin = OriginThere()
+        if Capability.ORIGINS in here.capabilities & there.capabilities:
+            origin = find_origin(pair, source, target, self._options.policy, route, first=self._options.origin_first)
+        found = plan(source, target, self._options.policy, route, origin.clone, origin_passed=origin.passed)
         if isinstance(found, Recreated) and Capability.RENAME in there.capabilities:
             found = replace(found, elsewhere=find_replica(pair, source.lineage))
         if isinstance(found, Plan) and target is not None and renamed is not None:
@@ -278,6 +283,9 @@ class Replication:
         found, source, target = self.plan()
         if not isinstance(found, Plan):
             raise found.to_error()
+        self.outcome.origins = origin_guids(source, self._options.policy)
+        if found.waits_for is not None:
+            raise _waits(pair, found.waits_for)
         if found.renamed is not None:
             pair.target.rename(found.renamed, pair.target_volume)
         if found.abort_partial:
@@ -411,18 +419,10 @@ def find_replica(pair: Pair, lineage: Lineage | None) -> VolumeId | None:
     return None
 
 
-def find_origin(pair: Pair, source: VolumeState, target: VolumeState | None) -> CloneBase | None:
-    """What the source is a clone of, where the target has a replica of that with the same snapshot. Looked for only as
-    long as the target has nothing of the clone itself."""
-    if source.origin is None or (target is not None and target.snapshots):
-        return None
-    volume, replica = source.origin.volume, pair.replica_of(source.origin.volume)
-    from_, to = pair.source.state(volume), pair.target.state(replica)
-    if from_ is None or to is None or to.lineage is None or from_.lineage is None:
-        return None
-    same = (to.lineage.uuid, to.lineage.role) == (from_.lineage.uuid, Role.REPLICA)
-    ours = next((v for v in from_.snapshots if v.name == source.origin.snapshot), None)
-    theirs = next((v for v in to.snapshots if ours is not None and v.guid == ours.guid), None)
-    if ours is None or theirs is None or not same:
-        return None
-    return CloneBase(volume, replica, Common(ours, theirs))
+def _waits(pair: Pair, origin: CloneBase) -> StorageError:
+    """Sent in full instead, it would be a clone no more, for good."""
+    return StorageError(
+        f"{pair.source_volume} is a clone of {origin.source}@{origin.common.source.name}, which goes to "
+        f"{pair.target_text} first and is not there yet",
+        hint=f"the next run after that of {origin.source} sends the clone; see what keeps {origin.source}, or sync it",
+    )

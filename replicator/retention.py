@@ -119,7 +119,7 @@ def apply(
 
     :param versions: all of one volume on one node, in any order
     :param job: only this job's snapshots are ours to destroy
-    :param protect: guids that stay: the last common version with each target
+    :param protect: guids that stay: the last common version with each target, and what clones began as
     :param zone: the time zone in which hours, days, weeks, months and years begin
     :return: one decision a version, oldest first
     """
@@ -143,7 +143,7 @@ def _decide(version: Version, policy: Policy, job: str, protect: Set[str], kept:
     if version.holds:
         return Decision(version, True, f"kept: held by {', '.join(version.holds)}")
     if version.guid in protect:
-        return Decision(version, True, "kept: last common version with a target")
+        return Decision(version, True, "kept: last common version with a target, or what a clone began as")
     return Decision(version, False, f"destroyed: not kept by {policy}")
 
 

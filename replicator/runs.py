@@ -31,7 +31,8 @@ from replicator.model import (
     replica_volume,
     snapshot_name,
 )
-from replicator.planning import Common, Plan, SendPolicy, newest_common
+from replicator.origins import origins_of
+from replicator.planning import Common, Plan, SendPolicy, newest_common, origin_guids
 from replicator.replication import Limits, Listed, Options, Pacer, Pair, Replication
 from replicator.selection import included_storages, select
 from replicator.setting_types import Target
@@ -97,7 +98,9 @@ class Network(Protocol):
 class Task:
     """One volume of a job and one of its targets.
 
-    :ivar origin: the volume that it is a clone of: that one goes first, so that the clone can be sent as the difference
+    :ivar origin: the volume that it is a clone of, if the job has that, too: that one goes first, so that the clone can
+        be sent as the difference
+    :ivar origins: names of its snapshots that other volumes of the job began as
     """
 
     job: Job
@@ -105,6 +108,7 @@ class Task:
     pair: Pair
     peer: str
     origin: VolumeId | None = None
+    origins: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,7 @@ class Survey:
 
     :ivar backlog: estimated bytes of snapshots that the target does not have yet
     :ivar quiet: nothing was written to the volume since its newest snapshot, so a run takes none
+    :ivar origins: guids of snapshots that clones began as
     """
 
     common: Common | None
@@ -121,6 +126,12 @@ class Survey:
     error: ReplicatorError | None = None
     sizes: tuple[int | None, ...] = ()
     quiet: bool = False
+    origins: frozenset[str] = frozenset()
+
+    @property
+    def protect(self) -> frozenset[str]:
+        """Guids that no policy may destroy."""
+        return self.origins | {self.common.source.guid} if self.common is not None else self.origins
 
 
 @dataclass(slots=True)
@@ -223,19 +234,26 @@ class Runner:
         if volume is None and target is None:
             keys = frozenset(self.task(job, v, t).key for v in volumes for t in targets)
             self._recorder.replicas_gone(self.tracker.keep_only(job.name, keys))
-        origins = {v.id: v.origin.volume for v in selected if v.origin is not None}
-        return tuple(replace(self.task(job, v, t), origin=origins.get(v)) for v in volumes for t in targets)
+        there = {v.id for v in selected}
+        clones = {v.id: v.origin.volume for v in selected if v.origin is not None and v.origin.volume in there}
+        begun = origins_of(selected)
+        return tuple(
+            replace(self.task(job, v, t), origin=clones.get(v), origins=begun.get(v, frozenset()))
+            for v in volumes
+            for t in targets
+        )
 
     def _full(self, target: str) -> str:
         return target if ":" in target else f"{self._network.node}:{target}"
 
     def options(self, task: Task) -> Options:
         """How the task's job wants it."""
-        job = task.job
-        return Options(self._policy(job), limits=self._limits, pacers=self._pacers(job, task.peer))
-
-    def _policy(self, job: Job) -> SendPolicy:
-        return SendPolicy(job.intermediates, job.name, job.foreign_snapshots)
+        return Options(
+            _policy(task),
+            limits=self._limits,
+            pacers=self._pacers(task.job, task.peer),
+            origin_first=task.origin is not None,
+        )
 
     # -- looking
 
@@ -252,7 +270,7 @@ class Runner:
         quiet: set[VolumeId] = set()
         for task in tasks:
             source, target = (heads.get(place) for place in _places(task.pair))
-            if settled(source, target, self._policy(task.job), task.pair.tag) is not None:
+            if settled(source, target, _policy(task), task.pair.tag) is not None:
                 as_of[task.key] = asked
                 if _skips_unchanged(task.job):
                     quiet.add(task.pair.source_volume)
@@ -280,7 +298,7 @@ class Runner:
             return Survey(None, None, 0, error)
         backlog = sum(size or 0 for size in estimates)
         self._seen(task.key, common.target if common else None, backlog, as_of)
-        return Survey(common, found, backlog, sizes=tuple(estimates))
+        return Survey(common, found, backlog, sizes=tuple(estimates), origins=origin_guids(source, _policy(task)))
 
     def _seen(self, key: ReplicaKey, newest: Version | None, backlog: int, as_of: datetime | None = None) -> None:
         seen = self.tracker.seen(key, newest, backlog, self._clock(), as_of)
@@ -403,7 +421,7 @@ class Runner:
             heads = heads_of([task.pair for task in tasks])
             for task in tasks:
                 source, target = (heads.get(place) for place in _places(task.pair))
-                common = settled(source, target, self._policy(job), task.pair.tag)
+                common = settled(source, target, _policy(task), task.pair.tag)
                 if common is not None:
                     runs[task.pair.source_volume].settled[task.key] = common
                 if source is not None and source.lineage is not None and source.lineage.role is Role.PRIMARY:
@@ -453,10 +471,11 @@ class Runner:
                 self.tracker.running(task.key),
             ):
                 began = time.monotonic()
-                newest = replication.run().newest
+                outcome = replication.run()
+                newest = outcome.newest
                 if newest is not None:
-                    entry.protect.add(newest.guid)
-                    self._prune_target(task, newest)
+                    entry.protect |= {newest.guid, *outcome.origins}
+                    self._prune_target(task, {newest.guid, *outcome.origins})
         except VolumeBusy as error:
             report = _failure(report, error, "skipped")
         except ReplicatorError as error:
@@ -561,25 +580,23 @@ class Runner:
 
     def source_prune_request(self, job: Job, volume: VolumeId, tasks: Sequence[Task], *, dry_run: bool) -> PruneRequest:
         """The request that prunes the source: what every target of the job that answers has newest is protected."""
-        protect = set()
+        protect: set[str] = set()
         for task in tasks:
-            common = self.survey(task, sizes=False).common
-            if common is not None:
-                protect.add(common.source.guid)
+            protect |= self.survey(task, sizes=False).protect
         return PruneRequest(volume, job.name, job.keep.source, tuple(sorted(protect)), dry_run=dry_run)
 
-    def target_prune_request(self, task: Task, protect: str | None, *, dry_run: bool) -> PruneRequest:
+    def target_prune_request(self, task: Task, protect: Set[str], *, dry_run: bool) -> PruneRequest:
         """The request that prunes one replica."""
         return PruneRequest(
             task.pair.target_volume,
             task.job.name,
             task.job.keep.target,
-            (protect,) if protect else (),
+            tuple(sorted(protect)),
             dry_run=dry_run,
         )
 
-    def _prune_target(self, task: Task, newest: Version) -> None:
-        request = self.target_prune_request(task, newest.guid, dry_run=False)
+    def _prune_target(self, task: Task, protect: Set[str]) -> None:
+        request = self.target_prune_request(task, protect, dry_run=False)
         self._prune(task.pair.target, request)
 
     def _prune_source(self, job: Job, entry: _VolumeRun) -> None:
@@ -597,7 +614,7 @@ class Runner:
         for entry in entries:
             for task in entry.tasks:
                 pair = task.pair
-                theirs = self.target_prune_request(task, entry.settled[task.key].target.guid, dry_run=False)
+                theirs = self.target_prune_request(task, {entry.settled[task.key].target.guid}, dry_run=False)
                 requests[pair.target.node, pair.target_volume] = theirs
                 ours = PruneRequest(entry.volume, job.name, job.keep.source, tuple(sorted(entry.protect)))
                 requests[pair.source.node, entry.volume] = ours
@@ -605,8 +622,14 @@ class Runner:
         due = self._tidying.due(requests)
         if not due:
             return
-        pairs = [task.pair for entry in entries for task in entry.tasks if not due.isdisjoint(_places(task.pair))]
-        states = states_of(pairs)
+        tasks = [task for entry in entries for task in entry.tasks if not due.isdisjoint(_places(task.pair))]
+        states = states_of([task.pair for task in tasks])
+        for task in tasks:
+            source = states.get(_places(task.pair)[0])
+            origins = origin_guids(source.state, _policy(task)) if source is not None and source.state else ()
+            for place in _places(task.pair) if origins else ():
+                protect = {*requests[place].protect, *origins}
+                requests[place] = replace(requests[place], protect=tuple(sorted(protect)))
         for place in sorted(due):
             cancel.check()
             listing = states.get(place)
@@ -642,6 +665,11 @@ def ready_tasks(waiting: Sequence[Task], running: Iterable[Task]) -> frozenset[R
     if ready or running:
         return ready
     return frozenset(task.key for task in waiting)  # origins in a circle: no storage has that, a peer may say so
+
+
+def _policy(task: Task) -> SendPolicy:
+    job = task.job
+    return SendPolicy(job.intermediates, job.name, job.foreign_snapshots, task.origins)
 
 
 def _skips_unchanged(job: Job) -> bool:

@@ -149,6 +149,41 @@ def test_clones_go_after_their_origins_and_stay_clones(world: World) -> None:
         world.check_common(name)
 
 
+def test_clones_of_what_no_job_sends_by_itself(world: World) -> None:
+    """As Proxmox makes them: the template's only snapshot is not the job's, and one of the job's own is passed over for
+    a newer one. Both go with it because clones began as them, and stay while the clones live."""
+    world.zvol("base-100")
+    zfs("snapshot", f"{world.source}/base-100@__base__")
+    zfs("clone", f"{world.source}/base-100@__base__", f"{world.source}/a-linked")
+    world.write("a-linked", 0, os.urandom(SIZE // 8))
+    planned = world.plan()["a-linked"]
+    assert any("goes to the target first" in note for note in planned.notes), planned.notes
+    reports = world.sync_well()
+    assert reports["a-linked"].done < SIZE // 2 < reports["base-100"].done
+    assert origin(f"{world.target}/a-linked") == f"{world.target}/base-100@__base__"
+    world.write("a-linked", 0, os.urandom(4096))
+    world.sync_well()
+    own = zfs("list", "-H", "-o", "name", "-t", "snapshot", "-d", "1", f"{world.source}/a-linked").split()[-1]
+    name = own.rpartition("@")[2]
+    zfs("clone", own, f"{world.source}/b-linked")
+    for number in range(4):
+        world.write("a-linked", number * 4096, os.urandom(4096))
+        world.sync_well()
+    assert origin(f"{world.target}/b-linked") == f"{world.target}/a-linked@{name}"
+    for volume in ("base-100", "a-linked", "b-linked"):
+        world.check_common(volume)
+    passed = "replicator_all_20260101T000000.000Z"
+    zfs("snapshot", f"{world.source}/a-linked@{passed}")
+    zfs("clone", f"{world.source}/a-linked@{passed}", f"{world.source}/c-linked")
+    world.write("a-linked", 0, os.urandom(4096))
+    world.sync_well()
+    assert origin(f"{world.target}/c-linked") == f"{world.target}/a-linked@{passed}"
+    zfs("snapshot", f"{world.source}/base-100@late")
+    zfs("clone", f"{world.source}/base-100@late", f"{world.source}/d-swap")
+    world.sync_well()
+    assert "@late" not in zfs("list", "-H", "-o", "name", "-t", "snapshot", "-r", world.target), "no clone of the job's"
+
+
 def test_names_change_and_replicas_follow(world: World) -> None:
     zfs("create", f"{world.source}/web")
     world.zvol("web/disk")

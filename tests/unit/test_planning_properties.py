@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 
 from replicator.conflicts import Conflict, Diverged, NoCommonBase
 from replicator.model import ResumeState, StreamKind, Version, VersionKind
-from replicator.planning import Intermediates, Plan, SendPolicy, Step, holds_for, plan, protected_guids
+from replicator.planning import Intermediates, Plan, SendPolicy, Step, holds_for, newest_common, plan, protected_guids
 from tests.support.versions import ROUTE, TAG, at, mark, snap, source_state, target_state
 
-policies = st.builds(SendPolicy, st.sampled_from(Intermediates), st.sampled_from([None, "vms"]))
+origins = st.frozensets(
+    st.sampled_from(["latest", "before-upgrade", "renamed-3", snap(2).name, snap(3, job="other").name])
+)
+policies = st.builds(SendPolicy, st.sampled_from(Intermediates), st.sampled_from([None, "vms"]), origins=origins)
 routes = st.sampled_from([ROUTE, replace(ROUTE, batches=True)])
 names = st.sampled_from(["", "", "", "latest", "before-upgrade", "diverged-x"])
 
@@ -75,7 +78,7 @@ def histories(draw: st.DrawFn) -> tuple[Side, Side, SendPolicy]:
                 for step in steps_of(source, target, policy)[: draw(st.integers(1, 5))]:
                     receive(source, target, step)
             case "prune":
-                protected = protected_guids(source_state(*source.versions), [target_state(*target.versions)])
+                protected = protected_guids(source_state(*source.versions), [target_state(*target.versions)], policy)
                 for side in (source, target):
                     gone = draw(st.sets(st.integers(0, 20)))
                     side.versions = [v for i, v in enumerate(side.versions) if v.guid in protected or i not in gone]
@@ -144,6 +147,26 @@ def test_a_plan_applied_makes_the_target_equal_to_the_source(
         after = max((positions[guid] for guid in common), default=0)
         wanted = {v.guid for v in source.versions if policy.selects(v) and v.position > after}
         assert wanted <= {v.guid for v in target.versions}
+
+
+@given(histories(), st.booleans())
+def test_what_clones_began_as_always_arrives(history: tuple[Side, Side, SendPolicy], batches: bool) -> None:
+    """Unless the target has newer ones: nothing can be put between snapshots that are there."""
+    source, target, policy = history
+    common = newest_common(source_state(*source.versions), target_state(*target.versions))
+    after = common.source.position if common else -1
+    begun = [v for v in source_state(*source.versions).snapshots if v.name in policy.origins and not v.is_diverged]
+    answer = found(source, target, policy, batches=batches)
+    assert isinstance(answer, Plan)
+    for version in begun:
+        arriving = answer.brings(version)
+        assert (arriving is not None) == (version.position > after), version
+        assert arriving is None or arriving.guid == version.guid
+    event(f"{sum(v.position > after for v in begun)} of {len(begun)} origins to send")
+    for step in answer.steps:
+        receive(source, target, step)
+    there = {v.guid for v in target.versions}
+    assert {v.guid for v in begun if v.position > after} <= there
 
 
 @given(histories(), st.data())

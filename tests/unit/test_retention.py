@@ -208,7 +208,7 @@ def test_held_and_protected_ones_stay() -> None:
     decisions = apply(versions, parse("last=1"), job="vms", protect={"guid2", "guid4"})
     assert reasons(decisions) == [
         "kept: held by a, b",
-        "kept: last common version with a target",
+        "kept: last common version with a target, or what a clone began as",
         "destroyed: not kept by last=1",
         "kept: last 1 of 1",
     ]

@@ -269,7 +269,7 @@ def test_when_volumes_that_stand_still_are_looked_at() -> None:
     world = World()
     place = ("a", VolumeId("store", "vm-1"))
     (task, *_) = world.runner.tasks(world.job)
-    request = world.runner.target_prune_request(task, None, dry_run=False)
+    request = world.runner.target_prune_request(task, set(), dry_run=False)
     assert tidy.due({place: request}) == {place}
     assert tidy.due({place: request}) == frozenset()
     now += tidying.INTERVAL
