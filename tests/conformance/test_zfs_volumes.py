@@ -138,7 +138,8 @@ def test_clones_go_after_their_origins_and_stay_clones(world: World) -> None:
     for name in ("a-clone", "z-template"):
         world.check_common(name)
     assert "@other-program" in zfs("list", "-H", "-o", "name", "-t", "snapshot", "-r", world.source)
-    assert zfs("list", "-H", "-o", "name", "-t", "snapshot", "-r", world.target).count("@replicator_all_") == 6
+    ours = zfs("list", "-H", "-o", "name", "-t", "snapshot", "-r", world.target).count("@replicator_all_")
+    assert ours == 3 + 1  # nobody wrote to the template
     assert not [tag for name in zfs("list", "-H", "-o", "name", "-t", "snapshot", "-r", world.source).split()
                 for tag in zfs("holds", "-H", name).split() if tag.endswith(":clone")]  # fmt: skip
     zfs("promote", f"{world.source}/a-clone")

@@ -9,10 +9,15 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from backends.zfs import ZfsBackend
+from backends.zfs.binding import LibraryChoice, installed
+from backends.zfs.commands import SystemRunner
+from backends.zfs.pool_state import PoolState
 from backends.zfs.properties import PLACEHOLDER
 from backends.zfs.taking_over import Terms
+from backends.zfs.workers import Workers
 from replicator.model import Version, VersionKind, VersionRef
 from tests.support.cases import BackendCase
 from transport import checksum
@@ -41,6 +46,22 @@ def device(dataset: str) -> Path:
     return path
 
 
+class _Kept:
+    """Processes that call libzfs_core, for one storage after the other: to start one takes longer than most tests."""
+
+    def __init__(self) -> None:
+        self._workers = Workers(PoolState(POOL))
+
+    def ask(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
+        return self._workers.ask(request, deadline)
+
+    def close(self) -> None:
+        """They end with this process."""
+
+
+_KEPT = _Kept()
+
+
 class ZfsCase(BackendCase):
     """:class:`~backends.zfs.ZfsBackend` on a root of its own in the pool ``tank``; volumes are zvols.
 
@@ -58,7 +79,16 @@ class ZfsCase(BackendCase):
         self.backend = self._open()
 
     def _open(self) -> ZfsBackend:
-        return ZfsBackend(self.name, self.root, checksums=checksum, terms=self.terms, info_age=0.0)
+        runner = SystemRunner(PoolState(POOL).check)
+        return ZfsBackend(
+            self.name,
+            self.root,
+            checksums=checksum,
+            terms=self.terms,
+            runner=runner,
+            choice=LibraryChoice(self.name, self.root, runner, _KEPT, installed),
+            info_age=0.0,
+        )
 
     def close(self) -> None:
         """Destroy everything."""
