@@ -42,7 +42,7 @@ from replicator.model import (
     snapshot_name,
 )
 from replicator.orphans import find_orphans
-from replicator.restoring import Place, restore
+from replicator.restoring import Place, Restores, restore
 from replicator.runs import Network, Runner, Survey, Task
 from replicator.settings import Job
 from replicator.tracker import Replica, ReplicaKey
@@ -111,6 +111,7 @@ class Engine:
         self._check = check
         self._clock = clock
         self._orphans: dict[str, tuple[Orphan, ...]] = {}
+        self.restores = Restores()
 
     # -- finding what a request means
 
@@ -414,7 +415,8 @@ class Engine:
         def observe(progress: Progress) -> None:
             listen(progress)
 
-        return restore(tuple(dict.fromkeys(places)), name, own, new, observer=observe, cancel=cancel)
+        with self.restores.under_way():
+            return restore(tuple(dict.fromkeys(places)), name, own, new, observer=observe, cancel=cancel)
 
     # -- the rest
 

@@ -1,23 +1,38 @@
-"""Holds and cursors of ours that nothing needs any more: of a job or target that is no longer in the configuration.
+"""Holds and cursors of ours that nothing needs any more.
 
 What a run leaves of its own (a crash between two steps), the next run of the same job and target tidies up. This is
-for those that have no next run: without it a snapshot would be held for ever, and nobody would know why. A tag names
-the job, but not the node that runs it; so only what can be nobody else's is released.
+for those that have no next run: of a job or target that is no longer in the configuration, of a verification or restore
+that a power cut ended, on volumes that stand still. Without it a snapshot would be held for ever, and nobody would know
+why. A tag names the job, but not the node that runs it; so only what can be nobody else's is released.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from replicator import logs
+from replicator.cancellation import Cancellation
 from replicator.config import Config
+from replicator.endpoint import Endpoint
 from replicator.errors import ReplicatorError
-from replicator.local import LocalEndpoint
-from replicator.model import HoldTag, Role, Version, VolumeState
+from replicator.model import HoldPurpose, HoldTag, Role, Version, VolumeId, VolumeInfo, VolumeState, restored_by
+from replicator.planning import idle_holds
+from replicator.replication import Pair
+from replicator.restoring import Restores
+from replicator.runs import Runner, Task
+from replicator.settling import states_of
 
 LOG = logging.getLogger(__name__)
+
+
+class Nodes(Protocol):
+    """The ways to this node and its peers."""
+
+    def endpoint(self, node: str) -> Endpoint:
+        """A node's endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,47 +48,213 @@ class Leftover:
 
 
 def find(state: VolumeState, config: Config) -> Iterator[Leftover]:
-    """What is left over on a volume of this node."""
+    """What removed jobs and targets have left over on a volume of this node."""
+    if _may_be_anothers(state, config):
+        return
+    primary = state.lineage is not None and state.lineage.role is Role.PRIMARY
+    for version, tag, parsed in _tags(state):
+        job = config.jobs.get(parsed.job)
+        elsewhere = primary and job is not None and job.source.node != config.node.name
+        why = f"this node has no job {parsed.job}" if elsewhere else _not_wanted(parsed, config)
+        if why:
+            yield Leftover(version, tag, why)
+
+
+def _tags(state: VolumeState) -> Iterator[tuple[Version, str, HoldTag]]:
     for version in state.versions:
         for tag in version.tags:
             parsed = HoldTag.parse(tag)
-            why = _why(parsed, state, config) if parsed is not None else ""
-            if why:
-                yield Leftover(version, tag, why)
+            if parsed is not None:
+                yield version, tag, parsed
 
 
-def _why(tag: HoldTag, state: VolumeState, config: Config) -> str:
-    """Why nothing needs what this tag protects; "" where something may."""
-    node = config.node.name
-    primary = state.lineage is not None and state.lineage.role is Role.PRIMARY
-    if not primary and state.id.name.partition("/")[0] != node:
-        return ""  # a replica from another node: its job is there
+def _may_be_anothers(state: VolumeState, config: Config) -> bool:
+    """Whether a job of another node may protect versions of this volume of ours."""
+    if state.lineage is None:
+        return True
     if any(state.id.storage in peer.may_pull_from for peer in config.peers.values()):
-        return ""  # it may be of a job of a peer that pulls
+        return True  # a job of a peer that pulls
+    if state.lineage.role is Role.PRIMARY:
+        return False
+    above = state.id.name.partition("/")[0]
+    if above == config.node.name:
+        return False
+    # A replica from another node is of a job of that node, if it may push here; else a job of ours has pulled it.
+    return any(
+        state.id.storage in (peer.same_path if peer.name != above else peer.may_push_to)
+        for peer in config.peers.values()
+    )
+
+
+def _not_wanted(tag: HoldTag, config: Config) -> str:
+    """Why no job of this node needs what a tag of one of its jobs protects; "" where one may."""
     job = config.jobs.get(tag.job)
-    if job is None or job.source.node != node:
+    if job is None:
         return f"this node has no job {tag.job}"
     if not any((target.node, target.storage) == (tag.node, tag.storage) for target in job.targets):
         return f"job {tag.job} has no target {tag.node}:{tag.storage}"
     return ""
 
 
-def release(config: Config, local: LocalEndpoint) -> None:
+def release(config: Config, local: Endpoint) -> None:
     """Release what is left over on all volumes of this node; what cannot be is logged, and tried again next time."""
     for storage in config.storages:
+        volumes = _listed(local, storage)
+        for state in _states(local, [volume.id for volume in volumes if volume.lineage is not None]):
+            for found in find(state, config):
+                _release(local, state.id, found)
+
+
+def release_at_peers(config: Config, nodes: Nodes) -> None:
+    """The same for replicas of this node's volumes at its peers: there nobody knows which jobs this node has.
+
+    Left alone is what a job of a peer may have pulled from here.
+    """
+    node = config.node.name
+    pulled = {storage for peer in config.peers.values() for storage in peer.may_pull_from}
+    local = nodes.endpoint(node)
+    own: dict[str, str] = {}
+    for storage in config.storages:
+        own.update((v.lineage.uuid, storage) for v in _listed(local, storage) if v.lineage is not None)
+
+    def ours(volume: VolumeInfo) -> bool:
+        if volume.lineage is None or volume.lineage.role is not Role.REPLICA:
+            return False
+        source = own.get(volume.lineage.uuid)
+        if source is None:
+            return volume.id.name.startswith(f"{node}/") and not pulled
+        return source not in pulled
+
+    for name in config.peers:
+        endpoint = nodes.endpoint(name)
         try:
-            volumes = local.volumes(storage)
-        except ReplicatorError:  # it is not there: `check` says so
+            storages = [storage.name for storage in endpoint.storages()]
+        except ReplicatorError:  # it is not there: its status says so
             continue
-        for listing in local.states([volume.id for volume in volumes if volume.lineage is not None]):
-            volume = listing.volume
-            try:
-                state = listing.get()
-                for found in find(state, config) if state is not None else ():
-                    local.release(volume, found.version.ref, found.tag)
-                    logs.event(
-                        LOG, "info", "hold released",
-                        volume=volume, snapshot=found.version.name, hold=found.tag, why=found.why,
-                    )  # fmt: skip
-            except ReplicatorError as error:
-                logs.event(LOG, "warning", "leftover holds not released", volume=volume, error=error)
+        for storage in storages:
+            volumes = [volume.id for volume in _listed(endpoint, storage) if ours(volume)]
+            for state in _states(endpoint, volumes):
+                for version, tag, parsed in _tags(state):
+                    here = (parsed.node, parsed.storage) == (name, storage)
+                    why = _not_wanted(parsed, config) if here else ""
+                    if why:
+                        _release(endpoint, state.id, Leftover(version, tag, why))
+
+
+def release_idle(config: Config, runner: Runner, cancel: Cancellation) -> None:
+    """Release what runs and verifications of jobs that still exist have left on volumes that stand still."""
+    for job in config.jobs.values():
+        try:
+            tasks = runner.tasks(job)
+        except ReplicatorError:  # its source is not there: its status says so
+            continue
+        states = states_of([task.pair for task in tasks])
+        for task in tasks:
+            pair = task.pair
+            here = states.get((pair.source.node, pair.source_volume))
+            there = states.get((pair.target.node, pair.target_volume))
+            if here is None or there is None or here.error is not None or there.error is not None:
+                continue
+            if any(_idle(pair, here.state, there.state)) and not _runs(runner, task):
+                _release_idle(runner, task, tasks, cancel)
+
+
+def _idle(
+    pair: Pair, source: VolumeState | None, target: VolumeState | None
+) -> tuple[list[tuple[Version, str]], list[tuple[Version, str]]]:
+    return idle_holds(source, target, pair.tag) if source is not None else ([], [])
+
+
+def _runs(runner: Runner, task: Task) -> bool:
+    return runner.tracker.get(task.key).progress is not None
+
+
+def _release_idle(runner: Runner, task: Task, tasks: Sequence[Task], cancel: Cancellation) -> None:
+    """Look once more with the replica to ourselves, and release. The origin of a clone that is being sent is left as
+    it is."""
+    pair = task.pair
+    try:
+        with runner.exclusive(task, cancel):
+            found = _idle(pair, pair.source.state(pair.source_volume), pair.target.state(pair.target_volume))
+            sending = any(
+                other.origin == pair.source_volume and other.key.target == task.key.target and _runs(runner, other)
+                for other in tasks
+            )
+            sides = ((pair.source, pair.source_volume), (pair.target, pair.target_volume))
+            for (endpoint, volume), holds in zip(sides, found, strict=True):
+                for version, tag in holds:
+                    parsed = HoldTag.parse(tag)
+                    if sending and parsed is not None and parsed.purpose is HoldPurpose.CLONE:
+                        continue
+                    _release(endpoint, volume, Leftover(version, tag, "no work under way needs it"))
+    except ReplicatorError as error:
+        logs.event(LOG, "warning", "leftover holds not released", volume=pair.source_volume, error=error)
+
+
+def release_restores(config: Config, nodes: Nodes, runner: Runner, restores: Restores) -> None:
+    """Release what restores of this node have left over wherever they may have copied from."""
+    node = config.node.name
+    local = nodes.endpoint(node)
+    found: list[tuple[Endpoint, VolumeId, Leftover]] = []
+
+    def look(endpoint: Endpoint, state: VolumeState | None) -> None:
+        for version in state.versions if state is not None else ():
+            for tag in version.holds:
+                if restored_by(tag) == node and state is not None:
+                    found.append((endpoint, state.id, Leftover(version, tag, "no restore is under way")))
+
+    for storage in config.storages:
+        for state in _states(local, [volume.id for volume in _listed(local, storage)]):
+            look(local, state)
+    for job in config.jobs.values():
+        try:
+            pairs = [task.pair for task in runner.tasks(job)]
+        except ReplicatorError:
+            continue
+        endpoints = {endpoint.node: endpoint for pair in pairs for endpoint in (pair.source, pair.target)}
+        for (name, _), listing in states_of(pairs).items():
+            if name != node:
+                look(endpoints[name], listing.state)
+    with restores.idle() as idle:
+        for endpoint, volume, leftover in found if idle else ():
+            _release(endpoint, volume, leftover)
+
+
+# -- asking and doing
+
+
+def _listed(endpoint: Endpoint, storage: str) -> tuple[VolumeInfo, ...]:
+    try:
+        return endpoint.volumes(storage)
+    except ReplicatorError:  # it is not there: `check` says so
+        return ()
+
+
+def _states(endpoint: Endpoint, volumes: Sequence[VolumeId]) -> Iterator[VolumeState]:
+    if not volumes:
+        return
+    try:
+        listings = endpoint.states(volumes)
+    except ReplicatorError as error:
+        logs.event(LOG, "warning", "leftover holds not looked for", node=endpoint.node, error=error)
+        return
+    for listing in listings:
+        try:
+            state = listing.get()
+        except ReplicatorError as error:
+            logs.event(LOG, "warning", "leftover holds not looked for", volume=listing.volume, error=error)
+        else:
+            if state is not None:
+                yield state
+
+
+def _release(endpoint: Endpoint, volume: VolumeId, found: Leftover) -> None:
+    try:
+        endpoint.release(volume, found.version.ref, found.tag)
+    except ReplicatorError as error:
+        logs.event(LOG, "warning", "leftover holds not released", volume=volume, node=endpoint.node, error=error)
+        return
+    logs.event(
+        LOG, "info", "hold released",
+        volume=volume, node=endpoint.node, snapshot=found.version.name, hold=found.tag, why=found.why,
+    )  # fmt: skip

@@ -107,7 +107,7 @@ class Version:
     def tags(self) -> tuple[str, ...]:
         """The tags that protect it: its holds; of a cursor, the tag of the hold that it goes with."""
         tag, _, guid = self.name.rpartition(":")
-        is_cursor = self.kind is VersionKind.BOOKMARK and guid == self.guid and HoldTag.parse(tag) is not None
+        is_cursor = self.kind is VersionKind.BOOKMARK and guid == self.guid and has_cursor(tag)
         return (*self.holds, tag) if is_cursor else self.holds
 
     @property
@@ -143,30 +143,72 @@ def cursor_name(tag: str, guid: str) -> str:
     return f"{tag}:{guid}"
 
 
+class HoldPurpose(StrEnum):
+    """What a job holds a snapshot for."""
+
+    BASE = ""
+    """The next difference is sent from it."""
+    CLONE = "clone"
+    """A clone of it is being sent."""
+    VERIFY = "verify"
+    """It is being compared or healed."""
+
+
 @dataclass(frozen=True, slots=True)
 class HoldTag:
-    """What a tag of :func:`hold_tag` says: the job, and the target's node and storage."""
+    """What a tag of :func:`hold_tag`, :func:`clone_tag` or :func:`verify_tag` says: the job, the target's node and
+    storage, and what for."""
 
     job: str
     node: str
     storage: str
+    purpose: HoldPurpose = HoldPurpose.BASE
 
     @classmethod
     def parse(cls, tag: str) -> HoldTag | None:
         """None where the tag is not of a job and target of ours."""
         prefix, *parts = tag.split(":")
-        return cls(*parts) if prefix == SNAPSHOT_PREFIX and len(parts) == 3 else None
+        if prefix != SNAPSHOT_PREFIX or len(parts) not in (3, 4):
+            return None
+        purpose = parts[3] if len(parts) == 4 else None
+        if purpose is not None and purpose not in (HoldPurpose.CLONE, HoldPurpose.VERIFY):
+            return None
+        return cls(parts[0], parts[1], parts[2], HoldPurpose(purpose or ""))
 
     def __str__(self) -> str:
-        return f"job {self.job} for {self.node}:{self.storage}"
+        doing = {HoldPurpose.CLONE: ", which sends a clone of it", HoldPurpose.VERIFY: ", which verifies it"}
+        return f"job {self.job} for {self.node}:{self.storage}{doing.get(self.purpose, '')}"
+
+
+def has_cursor(tag: str) -> bool:
+    """Whether a bookmark goes with this tag on a source; other holds are short-lived."""
+    parsed = HoldTag.parse(tag)
+    return parsed is not None and parsed.purpose is HoldPurpose.BASE
 
 
 def clone_tag(tag: str) -> str:
     """The tag under which the same job holds the origin of a clone while the clone is sent; ``tag`` is its hold tag.
 
-    One that an interrupted run left is released by the next run of the origin itself, which comes before its clones.
+    One that an interrupted run left is released by the next run of the origin itself, which comes before its clones,
+    or by the daemon's search for what is left over.
     """
-    return names.check_tag(f"{tag}:clone")
+    return names.check_tag(f"{tag}:{HoldPurpose.CLONE}")
+
+
+def verify_tag(tag: str) -> str:
+    """The tag under which the same job holds on both sides what it compares or heals; ``tag`` is its hold tag."""
+    return names.check_tag(f"{tag}:{HoldPurpose.VERIFY}")
+
+
+def restore_tag(node: str) -> str:
+    """The tag under which ``node`` holds what it copies while it restores."""
+    return names.check_tag(f"{SNAPSHOT_PREFIX}:restore:{node}")
+
+
+def restored_by(tag: str) -> str | None:
+    """The node of a tag of :func:`restore_tag`, None where it is none."""
+    head, _, node = tag.rpartition(":")
+    return node if head == f"{SNAPSHOT_PREFIX}:restore" else None
 
 
 class Role(StrEnum):

@@ -28,7 +28,7 @@ from replicator.endpoint import (
 from replicator.errors import NotReadable, StorageError
 from replicator.manifest import records
 from replicator.manifest_comparison import FileDifference, Tally, compare_manifests
-from replicator.model import StreamKind, VerifyBy, Version, VolumeId, VolumeState
+from replicator.model import StreamKind, VerifyBy, Version, VolumeId, VolumeState, verify_tag
 from replicator.prefetch import ahead
 from replicator.replication import Meter, ObservedStream, Observer, Options, Outcome, Pair, new_key
 from replicator.streams import NativeChunk
@@ -115,7 +115,7 @@ def _by_reading(
 def _compare_files(
     pair: Pair, mine: Version, theirs: Version, options: Options, *, observer: Observer, cancel: Cancellation
 ) -> Verification:
-    key, tag = new_key(), f"{pair.tag}:verify"
+    key, tag = new_key(), verify_tag(pair.tag)
     tally = Tally()
     files: list[FileDifference] = []
     count = differing = 0
@@ -347,7 +347,7 @@ def repair(
     if found.equal:
         return found
     mine, theirs = common_snapshot(pair, found.snapshot)
-    key, tag = new_key(), f"{pair.tag}:verify"
+    key, tag = new_key(), verify_tag(pair.tag)
     outcome = Outcome()
     lineage = pair.source.ensure_primary(pair.source_volume)
     with (

@@ -38,6 +38,8 @@ from replicator.model import (
     VersionKind,
     VolumeId,
     VolumeState,
+    clone_tag,
+    verify_tag,
 )
 from replicator.names import MAX_SNAPSHOT_BYTES
 from replicator.selection import SnapshotPatterns
@@ -314,6 +316,35 @@ def stale_holds(state: VolumeState, tag: str, keep: Set[str]) -> list[tuple[Vers
     """Versions that still carry our hold ``tag`` (or are a cursor that goes with it) although their guid is none of
     ``keep``: left by a run that ended between the confirmation and the release."""
     return [(v, tag) for v in state.versions if tag in v.tags and v.guid not in keep]
+
+
+def idle_holds(
+    source: VolumeState, target: VolumeState | None, tag: str
+) -> tuple[list[tuple[Version, str]], list[tuple[Version, str]]]:
+    """Holds of a job and target that nothing needs while no work of theirs is under way: on the source, on the target.
+
+    Those of a work that was cut off, and those on what is older than the newest common version. A newer version, and
+    what a half-received one continues, are what the next run begins with.
+    """
+    common = newest_common(source, target)
+    resume = target.resume if target is not None else None
+    needed = {resume.to_guid, resume.base_guid} if resume is not None else set()
+
+    def of(state: VolumeState, newest: Version | None) -> list[tuple[Version, str]]:
+        cut_off = [
+            found for work in (clone_tag(tag), verify_tag(tag)) for found in stale_holds(state, work, frozenset())
+        ]
+        before = [] if newest is None else stale_holds(state, tag, frozenset({newest.guid}))
+        return cut_off + [
+            (version, held)
+            for version, held in before
+            if newest is not None and version.position < newest.position and version.guid not in needed
+        ]
+
+    return (
+        of(source, common.source if common is not None else None),
+        [] if target is None else of(target, common.target if common is not None else None),
+    )
 
 
 def _position(version: Version) -> int:

@@ -29,6 +29,7 @@ from replicator.model import (
     VolumeId,
     VolumeState,
     clone_tag,
+    verify_tag,
 )
 from replicator.origins import OriginThere, find_origin
 from replicator.planning import CloneBase, Plan, SendPolicy, Step, origin_guids, plan, stale_holds
@@ -400,7 +401,9 @@ class Replication:
             if common is not None and common in state.snapshots and pair.tag not in common.holds:
                 endpoint.hold(volume, common.ref, pair.tag)
             stale = stale_holds(state, pair.tag, frozenset({newest.guid}))
-            for version, tag in stale + stale_holds(state, clone_tag(pair.tag), frozenset()):
+            for work in (clone_tag(pair.tag), verify_tag(pair.tag)):
+                stale += stale_holds(state, work, frozenset())
+            for version, tag in stale:
                 endpoint.release(volume, version.ref, tag)
 
 

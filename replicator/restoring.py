@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from replicator.cancellation import Cancellation
 from replicator.control import Restored
 from replicator.endpoint import Endpoint, ReceiveMode, ReceiveRequest, SendRequest
 from replicator.errors import NoSuchSnapshot, ReplicatorError, Unsupported, VolumeBusy
-from replicator.model import Version, VolumeId
+from replicator.model import Version, VolumeId, restore_tag
 from replicator.planning import SendPolicy
 from replicator.replication import Meter, ObservedStream, Observer, Options, Outcome, Pair, new_key
 from replicator.watchdog import Watchdog
@@ -21,6 +23,31 @@ class Place:
 
     endpoint: Endpoint
     volume: VolumeId
+
+
+class Restores:
+    """The restores that are under way in this process. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """One is, while the block lasts."""
+        with self._lock:
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count -= 1
+
+    @contextmanager
+    def idle(self) -> Iterator[bool]:
+        """Whether there is none; none begins while the block lasts."""
+        with self._lock:
+            yield self._count == 0
 
 
 def restore(
@@ -43,7 +70,7 @@ def restore(
             pass  # then it is copied
         else:
             return Restored(str(new), version.name, own.node, info.size, 0)
-    tag = "replicator:restore"
+    tag = restore_tag(own.node)
     place.endpoint.hold(place.volume, version.ref, tag)
     try:
         copied = _copy(place, version, own, new, observer, cancel)
@@ -73,7 +100,7 @@ def _find(places: Sequence[Place], snapshot: str) -> tuple[Place, Version]:
 def _copy(
     place: Place, version: Version, own: Endpoint, new: VolumeId, observer: Observer, cancel: Cancellation
 ) -> int:
-    pair = Pair(place.endpoint, place.volume, own, new, "replicator:restore")
+    pair = Pair(place.endpoint, place.volume, own, new, restore_tag(own.node))
     options = Options(SendPolicy())
     outcome = Outcome()
     key = new_key()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from replicator import leftovers, logs
 from replicator.assembly import Node
+from replicator.cancellation import Cancellation
 from replicator.errors import IdentityError, ReplicatorError
 from transport.identity import Identity
 from transport.server import Server
@@ -37,6 +38,7 @@ class Upkeep:
         self._node = node
         self._server = server
         self._stop = threading.Event()
+        self._cancel = Cancellation()
         self._threads: list[threading.Thread] = []
         self._stamp = self._files()
         self._revoked = _serials(node.identity)
@@ -45,7 +47,7 @@ class Upkeep:
         """Begin."""
         self._repeat("refresh", REFRESH, self._node.engine.refresh)
         self._repeat("history", HISTORY, self._node.history.prune)
-        self._repeat("leftovers", LEFTOVERS, lambda: leftovers.release(self._node.config, self._node.local))
+        self._repeat("leftovers", LEFTOVERS, self._leftovers)
         self._repeat("memory", TRIM, _trim_memory)
         identity = self._node.identity
         if identity is not None:
@@ -56,6 +58,7 @@ class Upkeep:
     def stop(self, deadline: float) -> None:
         """End; a thread that is busy is waited for at most ``deadline`` seconds in all."""
         self._stop.set()
+        self._cancel.cancel()
         until = time.monotonic() + deadline
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
@@ -74,6 +77,13 @@ class Upkeep:
         thread = threading.Thread(target=run, name=f"upkeep-{name}", daemon=True)
         self._threads.append(thread)
         thread.start()
+
+    def _leftovers(self) -> None:
+        node = self._node
+        leftovers.release(node.config, node.local)
+        leftovers.release_at_peers(node.config, node.network)
+        leftovers.release_idle(node.config, node.runner, self._cancel)
+        leftovers.release_restores(node.config, node.network, node.runner, node.engine.restores)
 
     def _probe(self, identity: Identity) -> None:
         came = False

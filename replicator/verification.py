@@ -16,7 +16,16 @@ from replicator.cancellation import Cancellation
 from replicator.endpoint import MAX_RANGES, Endpoint, Range, ReceiveMode, ReceiveRequest, SendRequest
 from replicator.errors import NoSuchSnapshot, NoSuchVolume, Unsupported
 from replicator.manifest_comparison import FileDifference
-from replicator.model import DIVERGED_PREFIX, StreamKind, Version, VersionRef, VolumeId, VolumeState, format_time
+from replicator.model import (
+    DIVERGED_PREFIX,
+    StreamKind,
+    Version,
+    VersionRef,
+    VolumeId,
+    VolumeState,
+    format_time,
+    verify_tag,
+)
 from replicator.replication import Meter, ObservedStream, Observer, Options, Outcome, Pair, new_key
 from replicator.streams import Chunk, ChunkStream
 from replicator.watchdog import Watchdog
@@ -144,7 +153,7 @@ def compare_blocks(
     pair: Pair, mine: Version, theirs: Version, options: Options, *, observer: Observer, cancel: Cancellation
 ) -> Verification:
     """Compare a snapshot of the source with one of the target block by block, holding both meanwhile."""
-    tag = f"{pair.tag}:verify"
+    tag = verify_tag(pair.tag)
     outcome = Outcome()
     meter = Meter(pair, f"verifying {mine.name}", total=mine.size, observer=observer, outcome=outcome)
     ranges: list[Range] = []

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from replicator.errors import NotAuthorized
-from replicator.model import SNAPSHOT_PREFIX, VolumeId
+from replicator.model import SNAPSHOT_PREFIX, HoldTag, VolumeId, restored_by
 from transport import messages
 from transport.messages import Request
 
@@ -108,9 +108,13 @@ class Authority:
         self._require(self.may_read(volume), request, f"volume {volume}", right)
 
     def _require_tag(self, request: Request, tag: str) -> None:
-        """Only holds of ours, and none of a job that replicates to a third node."""
-        parts = tag.split(":")
-        mine = parts[0] == SNAPSHOT_PREFIX and (len(parts) != 4 or parts[2] in (self.peer, self.node))
+        """Only holds of ours, and none of a job that replicates to a third node, or of a third node's restore."""
+        parsed, restoring = HoldTag.parse(tag), restored_by(tag)
+        mine = tag.partition(":")[0] == SNAPSHOT_PREFIX
+        if parsed is not None:
+            mine = parsed.node in (self.peer, self.node)
+        elif restoring is not None:
+            mine = restoring == self.peer
         if not mine:
             raise NotAuthorized(
                 f"node {self.peer} may not {messages.operation(request)} under the tag {tag} on node {self.node}",

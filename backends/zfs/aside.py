@@ -21,7 +21,7 @@ from backends.zfs.context import Context
 from backends.zfs.listing import Dataset
 from backends.zfs.naming import MAX_DATASET
 from replicator.errors import InvalidName
-from replicator.model import DIVERGED_PREFIX, Version
+from replicator.model import DIVERGED_PREFIX, SNAPSHOT_PREFIX, Version
 
 PASSAGE = "replicator-rejoin"
 """What the name of the clone ends with while it is not in its place."""
@@ -75,7 +75,9 @@ def detach(context: Context, dataset: Dataset, base: Version | None, name: str) 
 def _detach(context: Context, dataset: Dataset, base: Version | None, name: str) -> str:
     kept = f"{dataset.name}-{name}"
     passage = passage_of(dataset.name)
+    newer = [v for v in dataset.snapshots if base is None or v.position > base.position]
     if base is None and not dataset.children:
+        _release(context, dataset.name, newer)
         placeholders.move(context, dataset.name, kept)
         return kept
     if dataset.lineage is not None:  # from now on look() asks whether the work was done to its end
@@ -92,7 +94,7 @@ def _detach(context: Context, dataset: Dataset, base: Version | None, name: str)
         context.change("zfs", "promote", passage, dataset=passage, doing="putting back")
     else:
         placeholders.make_placeholder(context, passage, dataset.name)
-    _swap(context, dataset.name, dataset.children, kept)
+    _swap(context, dataset.name, newer, dataset.children, kept)
     return kept
 
 
@@ -116,7 +118,7 @@ def _finish(context: Context, dataset: str) -> bool:
         kept = [v.name for v in there.snapshots if v.is_diverged]
         newest = there.snapshots[-1].name if there.snapshots else "unnamed"
         suffix = kept[-1] if kept else DIVERGED_PREFIX + newest
-        _swap(context, dataset, there.children, f"{dataset}-{suffix}")
+        _swap(context, dataset, there.snapshots, there.children, f"{dataset}-{suffix}")
     return True
 
 
@@ -138,9 +140,19 @@ def options(settings: Iterable[str]) -> tuple[str, ...]:
     return tuple(word for setting in settings for word in ("-o", setting))
 
 
-def _swap(context: Context, dataset: str, children: Iterable[str], kept: str) -> None:
+def _swap(context: Context, dataset: str, own: Iterable[Version], children: Iterable[str], kept: str) -> None:
     passage = passage_of(dataset)
+    _release(context, dataset, own)
     for child in children:
         placeholders.move(context, child, passage + child.removeprefix(dataset))
     placeholders.move(context, dataset, kept)
     placeholders.move(context, passage, dataset)
+
+
+def _release(context: Context, dataset: str, versions: Iterable[Version]) -> None:
+    """Release what jobs of ours hold of a dataset that is kept aside: no run is to continue from it, and whoever
+    decides that it is not needed any more could not destroy it."""
+    for version in versions:
+        for tag in version.holds:
+            if tag.partition(":")[0] == SNAPSHOT_PREFIX:
+                context.library.release(context.full_name(dataset, version), tag)

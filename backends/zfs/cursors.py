@@ -9,7 +9,7 @@ from __future__ import annotations
 from backends.zfs.context import Context
 from backends.zfs.listing import Dataset
 from backends.zfs.naming import MAX_DATASET
-from replicator.model import HoldTag, Version, VersionKind, cursor_name
+from replicator.model import Version, VersionKind, cursor_name, has_cursor
 
 
 def make(context: Context, dataset: Dataset, version: Version, tag: str) -> None:
@@ -32,4 +32,4 @@ def remove(context: Context, dataset: Dataset, guid: str, tag: str) -> None:
 def _name(dataset: Dataset, guid: str, tag: str) -> str | None:
     """None where there is none: other holds are short-lived."""
     name = cursor_name(tag, guid)
-    return name if HoldTag.parse(tag) is not None and len(f"{dataset.name}#{name}") <= MAX_DATASET else None
+    return name if has_cursor(tag) and len(f"{dataset.name}#{name}") <= MAX_DATASET else None

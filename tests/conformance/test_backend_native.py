@@ -562,11 +562,12 @@ def test_snapshots_of_a_replicas_own_are_kept(case: ZfsCase) -> None:
 
 def test_a_replica_without_anything_in_common_is_kept(case: ZfsCase) -> None:
     one, two = make(case, "one", "two")
-    replicate(case, None, one)
+    replicate(case, None, one, hold=TAG)
     replicate(case, None, two, mode=ReceiveMode.REBUILD, aside="diverged-now")
     assert [v.guid for v in state(case).versions] == [two.guid]
     aside = state(case, VolumeId("store", "prox1/vm-diverged-now"))
-    assert [v.name for v in aside.versions] == ["one", "diverged-now"]
+    assert [(v.name, v.holds) for v in aside.versions] == [("one", ()), ("diverged-now", ())]
+    zfs("destroy", "-r", case.dataset(aside.id.name))
 
 
 def test_volumes_below_stay_where_they_are(case: ZfsCase) -> None:

@@ -378,7 +378,10 @@ def test_listings_show_only_what_a_peer_may_see(world: World) -> None:
                 ask("other")
 
 
-@pytest.mark.parametrize("tag", ["keep", "replicator:job:three:backup"])
+@pytest.mark.parametrize(
+    "tag",
+    ["keep", "replicator:job:three:backup", "replicator:job:three:backup:verify", "replicator:restore:three"],
+)
 def test_holds_of_others_are_not_a_peers(world: World, tag: str) -> None:
     with (
         serving(world.cluster.one, world.peers) as server,

@@ -15,12 +15,14 @@ from backends.zfs.naming import DatasetNames
 from backends.zfs.privileges import Account, granted
 from backends.zfs.taking_over import Terms
 from replicator import checks, config, leftovers
+from replicator.cancellation import Cancellation
 from replicator.config import Config
 from replicator.control import Level
 from replicator.errors import StorageError, StorageUnavailable
 from replicator.local import LocalEndpoint
 from replicator.model import (
     Capability,
+    HoldPurpose,
     HoldTag,
     Lack,
     Lineage,
@@ -29,11 +31,17 @@ from replicator.model import (
     VersionKind,
     VolumeId,
     VolumeState,
+    clone_tag,
     cursor_name,
     hold_tag,
+    restore_tag,
+    restored_by,
+    verify_tag,
 )
+from replicator.restoring import Restores
 from tests.support.versions import EPOCH as NOW
 from tests.support.zfs_records import Answer, RecordedRunner, failed
+from tests.unit.test_unchanged import CONFIG, World
 from transport import checksum
 
 BASE = """
@@ -59,6 +67,7 @@ source = {node = "prox2", volumes = "tank:*"}
 targets = ["backup"]
 """
 UUID = "6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00"
+OTHER = "6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d01"
 RIGHT = hold_tag("vms", "prox2", "backup")
 OLD_JOB = hold_tag("old", "prox2", "backup")
 OLD_TARGET = hold_tag("vms", "prox3", "backup")
@@ -85,12 +94,25 @@ def found(what: VolumeState, read_config: Config) -> list[tuple[str, str]]:
 def test_tags_of_ours_say_whose_they_are() -> None:
     assert HoldTag.parse(RIGHT) == HoldTag("vms", "prox2", "backup")
     assert str(HoldTag.parse(RIGHT)) == "job vms for prox2:backup"
-    for other in ("", "replicator", "replicator:a:b", "replicator:a:b:c:d", "other:a:b:c", "replicator:rejoin"):
+    assert HoldTag.parse(clone_tag(RIGHT)) == HoldTag("vms", "prox2", "backup", HoldPurpose.CLONE)
+    assert str(HoldTag.parse(verify_tag(RIGHT))) == "job vms for prox2:backup, which verifies it"
+    assert (restored_by(restore_tag("prox1")), restored_by(RIGHT)) == ("prox1", None)
+    for other in (
+        "",
+        "replicator",
+        restore_tag("prox1"),
+        f"{RIGHT}:",
+        "replicator:a:b",
+        "replicator:a:b:c:d",
+        "other:a:b:c",
+        "replicator:rejoin",
+    ):
         assert HoldTag.parse(other) is None
     mark = version(5, kind=VersionKind.BOOKMARK, name=cursor_name(RIGHT, "5"))
     assert mark.tags == (RIGHT,)
     for name, kind in (
         (cursor_name(RIGHT, "6"), VersionKind.BOOKMARK),
+        (cursor_name(verify_tag(RIGHT), "5"), VersionKind.BOOKMARK),
         (cursor_name(RIGHT, "5"), VersionKind.SNAPSHOT),
         ("replicator:x:5", VersionKind.BOOKMARK),
     ):
@@ -114,8 +136,16 @@ def test_what_may_be_anothers_is_left_alone(tmp_path: Path) -> None:
     assert found(state(version(1, OLD_JOB)), read(tmp_path, pulls)) == []
     theirs = state(version(1, hold_tag("theirs", "prox1", "backup")), role=Role.REPLICA, volume="backup:prox2/vm")
     assert found(theirs, read(tmp_path)) == []
-    own = state(version(1, OLD_JOB), role=Role.REPLICA, volume="backup:prox1/vm")
-    assert [tag for tag, _ in found(own, read(tmp_path))] == [OLD_JOB]
+    own = state(version(1, OLD_JOB, verify_tag(OLD_JOB)), role=Role.REPLICA, volume="backup:prox1/vm")
+    assert [tag for tag, _ in found(own, read(tmp_path))] == [OLD_JOB, verify_tag(OLD_JOB)]
+    # A replica that no peer may push can only have been pulled by a job of this node.
+    nobody = BASE.replace('may_push_to = ["backup"]', "")
+    assert found(theirs, read(tmp_path, nobody)) == [(theirs.versions[0].holds[0], "this node has no job theirs")]
+    pulled = state(version(1, hold_tag("pulled", "prox1", "backup")), role=Role.REPLICA, volume="backup:prox2/vm")
+    assert found(pulled, read(tmp_path, nobody)) == []
+    anywhere = BASE.replace('may_push_to = ["backup"]', 'may_push_to = ["backup"]\nsame_path = ["backup"]')
+    theirs = state(version(1, OLD_JOB), role=Role.REPLICA, volume="backup:vm")
+    assert found(theirs, read(tmp_path, anywhere)) == []
 
 
 def test_what_is_left_over_is_released(tmp_path: Path) -> None:
@@ -136,6 +166,104 @@ def test_what_is_left_over_is_released(tmp_path: Path) -> None:
         assert after is not None
         held[volume] = set(after.versions[0].holds)
     assert held == {"vm": {RIGHT, "by-hand"}, "other": {RIGHT, OLD_JOB, OLD_TARGET, "by-hand"}}
+
+
+class Ways:
+    """This node and its peers, in memory."""
+
+    def __init__(self, *endpoints: LocalEndpoint) -> None:
+        self._endpoints = {endpoint.node: endpoint for endpoint in endpoints}
+
+    def endpoint(self, node: str) -> LocalEndpoint:
+        return self._endpoints[node]
+
+
+def held_by(memory: MemoryBackend, volume: str) -> set[str]:
+    after = memory.state(volume)
+    assert after is not None
+    return {tag for version in after.versions for tag in version.holds}
+
+
+def test_replicas_at_peers_are_released_too(tmp_path: Path) -> None:
+    here, there = MemoryBackend("tank", checksums=checksum), MemoryBackend("backup", checksums=checksum)
+    here.create("vm", b"data")
+    here.set_lineage("vm", Lineage(UUID, Role.PRIMARY, 1))
+    tags = {RIGHT, OLD_JOB, verify_tag(OLD_JOB), hold_tag("old", "prox2", "other"), "by-hand"}
+    replicas = {"prox1/vm": UUID, "prox1/gone": OTHER, "prox3/vm": OTHER, "vm": UUID}
+    for name, lineage in replicas.items():
+        there.create(name, b"data")
+        (made,) = there.snapshot((name,), "s1")
+        for tag in tags:
+            there.hold(name, made.ref, tag)
+        there.set_lineage(name, Lineage(lineage, Role.REPLICA, 1))
+    ways = Ways(LocalEndpoint("prox1", {"tank": here}), LocalEndpoint("prox2", {"backup": there}))
+    pulls = BASE.replace('may_push_to = ["backup"]', 'may_pull_from = ["tank"]')
+    leftovers.release_at_peers(read(tmp_path, pulls), ways)
+    assert {name: held_by(there, name) for name in replicas} == dict.fromkeys(replicas, tags)
+    leftovers.release_at_peers(read(tmp_path), ways)
+    left = tags - {OLD_JOB, verify_tag(OLD_JOB)}
+    assert {name: held_by(there, name) for name in replicas} == {
+        "prox1/vm": left, "prox1/gone": left, "prox3/vm": tags, "vm": left
+    }  # fmt: skip
+
+
+def both_held(world: World, tag: str, snapshot: int = 0) -> None:
+    for memory, volume in ((world.memory["a"], "vm-1"), (world.memory["b"], "a/vm-1")):
+        kept = memory.state(volume)
+        assert kept is not None
+        memory.hold(volume, kept.versions[snapshot].ref, tag)
+
+
+def both_holds(world: World) -> list[set[str]]:
+    return [held_by(world.memory["a"], "vm-1"), held_by(world.memory["b"], "a/vm-1")]
+
+
+def test_what_a_cut_off_work_left_on_a_volume_that_stands_still() -> None:
+    world = World()
+    world.run()
+    world.memory["a"].write("vm-1", 0, b"!")
+    world.run()
+    tag = hold_tag("vms", "b", "store")
+    for each in (tag, clone_tag(tag), verify_tag(tag), "by-hand"):
+        both_held(world, each)
+    both_held(world, verify_tag(tag), -1)
+    read_config = config.parse(CONFIG.format(targets='["b:store"]', rest=""))
+    (task, *_) = world.runner.tasks(world.job)
+    with world.tracker.running(task.key):
+        leftovers.release_idle(read_config, world.runner, Cancellation())
+    assert both_holds(world) == [{tag, clone_tag(tag), verify_tag(tag), "by-hand"}] * 2
+    leftovers.release_idle(read_config, world.runner, Cancellation())
+    assert both_holds(world) == [{tag, "by-hand"}] * 2
+    for memory, volume in ((world.memory["a"], "vm-1"), (world.memory["b"], "a/vm-1")):
+        after = memory.state(volume)
+        assert after is not None
+        assert [tag in version.holds for version in after.snapshots] == [False, True]
+    world.run()
+    assert world.calls("b") == {"heads"}, "it is as settled as before"
+
+
+def test_a_run_releases_what_a_verification_left() -> None:
+    world = World()
+    world.run()
+    both_held(world, verify_tag(hold_tag("vms", "b", "store")))
+    world.memory["a"].write("vm-1", 0, b"!")
+    world.run()
+    assert both_holds(world) == [{hold_tag("vms", "b", "store")}] * 2
+
+
+def test_what_a_restore_left_is_released_where_none_is_under_way() -> None:
+    world = World()
+    world.run()
+    both_held(world, restore_tag("a"))
+    both_held(world, restore_tag("c"))
+    read_config = config.parse(CONFIG.format(targets='["b:store"]', rest=""))
+    restores = Restores()
+    with restores.under_way():
+        leftovers.release_restores(read_config, world, world.runner, restores)
+    tag = hold_tag("vms", "b", "store")
+    assert both_holds(world) == [{tag, restore_tag("a"), restore_tag("c")}] * 2
+    leftovers.release_restores(read_config, world, world.runner, restores)
+    assert both_holds(world) == [{tag, restore_tag("c")}] * 2
 
 
 # -- rights

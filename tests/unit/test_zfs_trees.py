@@ -156,6 +156,72 @@ def test_a_name_that_somebody_else_has_is_not_taken() -> None:
     assert (found.guid, pool.done) == ("1", [])
 
 
+# -- keeping aside
+
+
+class HeldPool(Pool):
+    """A replica with snapshots one and two, both held by a job, and two by somebody else as well."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            row("tank/vm", "filesystem"),
+            replica(TOP, 1),
+            *(
+                row(f"{TOP}@{name}", "snapshot", guid=10 + at, createtxg=at, creation=at, userrefs=1)
+                for at, name in ((1, "one"), (2, "two"))
+            ),
+        )
+        self.held = {"one": {JOB_HOLD}, "two": {JOB_HOLD, "by-hand", f"{JOB_HOLD}:verify"}}
+
+    def run(self, argv: Sequence[str], deadline: float) -> Finished:
+        args = tuple(argv)
+        if args[1] == "holds":
+            lines = [f"{name}\t{tag}\tFri Nov 20" for name in args[3:] for tag in self.held[name.partition("@")[2]]]
+            return Finished(args, 0, "\n".join(lines), "")
+        if args[1] not in ("snapshot", "clone", "promote", "release"):
+            return super().run(argv, deadline)
+        if self.cut_after is not None and len(self.done) == self.cut_after:
+            raise InterruptedError("power cut")
+        self.done.append(args[1:])
+        if args[1] == "clone":
+            self.rows[args[-1]] = row(args[-1], "filesystem", guid=50)
+        elif args[1] == "promote":
+            self.rows[f"{args[-1]}@one"] = args[-1] + self.rows.pop(f"{TOP}@one").removeprefix(TOP)
+        elif args[1] == "release":
+            self.held[args[3].partition("@")[2]].discard(args[2])
+        return Finished(args, 0, "", "")
+
+
+JOB_HOLD = "replicator:vms:b:store"
+
+
+@pytest.mark.parametrize("common", [True, False])
+def test_what_is_kept_aside_is_held_by_no_job(common: bool) -> None:
+    pool = HeldPool()
+    there = context(pool).listing.dataset(TOP)
+    assert there is not None
+    kept = aside.detach(context(pool), there, there.named("one") if common else None, "diverged-now")
+    assert kept == f"{TOP}-diverged-now"
+    assert f"{kept}@two" in pool.rows
+    # What both sides have in common goes back to the replica, and stays held.
+    assert pool.held == {"one": {JOB_HOLD} if common else set(), "two": {"by-hand"}}
+
+
+def test_holds_are_released_although_it_is_cut_off() -> None:
+    whole = HeldPool()
+    there = context(whole).listing.dataset(TOP)
+    assert there is not None
+    aside.detach(context(whole), there, there.named("one"), "diverged-now")
+    promoted = [command[0] for command in whole.done].index("promote") + 1
+    for cut in range(promoted, len(whole.done) + 1):
+        pool = HeldPool()
+        pool.cut_after = cut
+        with_power_cut(lambda pool=pool: aside.detach(context(pool), there, there.named("one"), "diverged-now"))  # type: ignore[misc]
+        pool.cut_after = None
+        aside.finish(context(pool), TOP)
+        assert pool.held == {"one": {JOB_HOLD}, "two": {"by-hand"}}, cut
+
+
 # -- renames
 
 
