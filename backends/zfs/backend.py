@@ -12,6 +12,7 @@ from backends.zfs import (
     clones,
     cursors,
     destroying,
+    forms,
     many,
     placeholders,
     privileges,
@@ -236,7 +237,7 @@ class ZfsBackend(OneByOne):
     def set_lineage(self, volume: str, lineage: Lineage) -> None:
         """See :class:`~backends.base.Backend`. The form of its streams is pinned with it."""
         dataset = self._context.require(volume)
-        settings = properties.settings(lineage, dataset.default_form, dataset.guid)
+        settings = properties.settings(lineage, forms.form_to_pin(self._context, dataset), dataset.guid)
         if lineage.role is Role.REPLICA:
             settings = (*aside.REPLICA_PROPERTIES, *settings)
         self._context.change("zfs", "set", *settings, dataset.name, dataset=dataset.name, doing="marking")

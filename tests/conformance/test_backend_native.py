@@ -483,6 +483,21 @@ def test_raw_and_plain_are_never_mixed(case: ZfsCase) -> None:
     replicate(case, one, two)
 
 
+def test_the_form_that_was_set_before_the_first_run_is_kept(case: ZfsCase, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(b"k" * 32)
+    options = ("-o", "encryption=on", "-o", "keyformat=raw", "-o", f"keylocation=file://{key}")
+    zfs("create", *options, "-o", "replicator:stream=plain", "-s", "-V", str(SIZE), case.dataset("vm"))
+    zfs("create", *options, "-s", "-V", str(SIZE), case.dataset("other"))
+    case.write("vm", 0, DATA)
+    for volume, form in (("vm", "plain"), ("other", "raw")):
+        case.backend.set_lineage(volume, PRIMARY)
+        assert zfs("get", "-H", "-o", "value", "replicator:stream", case.dataset(volume)).strip() == form
+    replicate(case, None, take(case, "one"))
+    values = zfs("get", "-H", "-o", "value", "encryption,replicator:stream", case.dataset(REPLICA.name))
+    assert values.split() == ["off", "plain"]
+
+
 def test_encrypted_volumes_travel_raw(case: ZfsCase, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_bytes(b"k" * 32)
