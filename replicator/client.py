@@ -136,12 +136,16 @@ class DaemonClient:
         found: tuple[RunReport, ...] = self._work("sync", order, messages.REPORTS, listen, cancel)
         return found
 
-    def preview_resync(self, volume: str, target: str | None) -> tuple[ResyncPreview, ...]:
-        found: tuple[ResyncPreview, ...] = self._ask("GET", "resync", messages.PREVIEWS, volume=volume, target=target)
+    def preview_resync(self, volume: str, target: str | None, full: bool) -> tuple[ResyncPreview, ...]:
+        found: tuple[ResyncPreview, ...] = self._ask(
+            "GET", "resync", messages.PREVIEWS, volume=volume, target=target, full=full or None
+        )
         return found
 
-    def resync(self, volume: str, target: str | None, listen: Listener, cancel: Cancellation) -> tuple[Resync, ...]:
-        order = messages.ResyncRequest(volume, target)
+    def resync(
+        self, volume: str, target: str | None, full: bool, listen: Listener, cancel: Cancellation
+    ) -> tuple[Resync, ...]:
+        order = messages.ResyncRequest(volume, target, full)
         found: tuple[Resync, ...] = self._work("resync", order, messages.RESYNCS, listen, cancel)
         return found
 

@@ -275,11 +275,17 @@ class Control(Protocol):
     ) -> tuple[RunReport, ...]:
         """Run a job now, whatever its schedule; failures are in the reports."""
 
-    def preview_resync(self, volume: str, target: str | None) -> tuple[ResyncPreview, ...]:
+    def preview_resync(self, volume: str, target: str | None, full: bool) -> tuple[ResyncPreview, ...]:
         """What :meth:`resync` would change."""
 
-    def resync(self, volume: str, target: str | None, listen: Listener, cancel: Cancellation) -> tuple[Resync, ...]:
-        """Make replicas right again."""
+    def resync(
+        self, volume: str, target: str | None, full: bool, listen: Listener, cancel: Cancellation
+    ) -> tuple[Resync, ...]:
+        """Make replicas right again.
+
+        :param full: of storages with streams of their own (ZFS): keep the whole replica aside and send everything anew,
+            also where that is not known to be necessary. Others are always compared in full
+        """
 
     def verify(
         self,

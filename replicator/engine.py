@@ -46,7 +46,7 @@ from replicator.restoring import Place, Restores, restore
 from replicator.runs import Network, Runner, Survey, Task
 from replicator.settings import Job
 from replicator.tracker import Replica, ReplicaKey
-from replicator.verification import Resync, Verification
+from replicator.verification import Resync, Verification, ways_out
 from replicator.version import version
 
 LOG = logging.getLogger(__name__)
@@ -155,9 +155,13 @@ class Engine:
                 continue
             self._look_for_orphans(job, tasks)
             for task in tasks:
-                if not self._tracker.get(task.key).last_run:
-                    self._tracker.recall(task.key, **self._memory.recall(task.key))
+                self._remember(task)
             self._runner.survey_all(tasks)
+
+    def _remember(self, task: Task) -> None:
+        """Fill in what the history knows of a replica that this process has not seen a run of."""
+        if not self._tracker.get(task.key).last_run:
+            self._tracker.recall(task.key, **self._memory.recall(task.key))
 
     def _look_for_orphans(self, job: Job, tasks: Sequence[Task]) -> None:
         """Replicas whose sources are gone. Of a target that does not answer, what was known stays."""
@@ -209,8 +213,10 @@ class Engine:
             replica.failures,
             paused=paused,
             snapshot=newest.name if newest else "",
-            message=replica.message or replica.mismatch,
-            hint=replica.hint if replica.message or not replica.mismatch else _mend(replica.key),
+            message=replica.message or str(replica.mismatch or ""),
+            hint=replica.hint
+            if replica.message or not replica.mismatch
+            else ways_out(replica.key.volume, replica.key.target),
             progress=replica.progress,
         )
 
@@ -296,16 +302,24 @@ class Engine:
             if replica.key.job == job:
                 self._tracker.failed(replica.key, str(error), error.hint)
 
-    def preview_resync(self, volume: str, target: str | None) -> tuple[ResyncPreview, ...]:
+    def preview_resync(self, volume: str, target: str | None, full: bool) -> tuple[ResyncPreview, ...]:
         """See Control."""
-        return tuple(
-            ResyncPreview(task.key.volume, task.key.target, tuple(self._mender.effects(task)))
-            for task in self._tasks_of(volume, target)
-        )
+        previews = []
+        for task in self._tasks_of(volume, target):
+            self._remember(task)
+            effects = tuple(self._mender.effects(task, full))
+            previews.append(ResyncPreview(task.key.volume, task.key.target, effects))
+        return tuple(previews)
 
-    def resync(self, volume: str, target: str | None, listen: Listener, cancel: Cancellation) -> tuple[Resync, ...]:
+    def resync(
+        self, volume: str, target: str | None, full: bool, listen: Listener, cancel: Cancellation
+    ) -> tuple[Resync, ...]:
         """See Control."""
-        return tuple(self._mender.resync(task, listen, cancel) for task in self._tasks_of(volume, target))
+        results = []
+        for task in self._tasks_of(volume, target):
+            self._remember(task)
+            results.append(self._mender.resync(task, full, listen, cancel))
+        return tuple(results)
 
     def verify(
         self,
@@ -435,13 +449,6 @@ class Engine:
     def check(self) -> tuple[Finding, ...]:
         """See Control."""
         return self._check()
-
-
-def _mend(key: ReplicaKey) -> str:
-    return (
-        f"`replicator resync {key.volume} --target {key.target}` makes it right; "
-        f"`replicator verify {key.volume} --target {key.target} --repair` mends that snapshot alone"
-    )
 
 
 def _pruned(endpoint: Endpoint, request: PruneRequest) -> PruneReport:

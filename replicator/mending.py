@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from replicator import native_verification, verification
 from replicator.cancellation import Cancellation
 from replicator.control import Listener, Note
 from replicator.errors import NoSuchSnapshot, Unsupported
-from replicator.model import Capability, Progress, Role, StreamKind, VerifyBy, Version, VolumeState
+from replicator.model import Capability, Progress, Role, StreamKind, VerifyBy, Version, VolumeId, VolumeState
 from replicator.planning import newest_common
-from replicator.rejoining import rejoin
-from replicator.replication import Observer, Replication, find_replica
+from replicator.rejoining import Manner, manner, rejoin, sent_whole
+from replicator.replication import Observer, Pair, Replication, find_replica
 from replicator.runs import Runner, Task
-from replicator.tracker import describe_mismatch
 from replicator.units import format_size
-from replicator.verification import Resync, Verification
+from replicator.verification import Mismatch, Resync, Verification
 
 
 class Results(Protocol):
@@ -37,25 +36,22 @@ class Mender:
         self._runner = runner
         self._results = results
 
-    def effects(self, task: Task) -> Iterator[str]:
+    def effects(self, task: Task, full: bool = False) -> Iterator[str]:
         """What a resync would change, a sentence each."""
         pair = task.pair
         where = f"{pair.target.node}/{pair.target_volume}"
-        yield f"a new snapshot of {task.key.volume} is taken, and the replica is made equal to it"
-        there = pair.target.storage(pair.target_volume.storage)
-        state = pair.target.state(pair.target_volume)
-        if state is None and Capability.RENAME in there.capabilities:
-            source = pair.source.state(pair.source_volume)
-            renamed = find_replica(pair, source.lineage) if source is not None else None
-            if renamed is not None:
-                yield f"the source was renamed: its replica {renamed} becomes {where}, and what changed since is sent"
-                return
-        if state is None or not (state.versions or state.head_changed):
+        source, state = pair.source.state(pair.source_volume), pair.target.state(pair.target_volume)
+        yield f"a new snapshot of {task.key.volume} is taken, and the replica is brought to it"
+        renamed = _renamed(pair, source) if state is None else None
+        if renamed is not None:
+            yield f"the replica {renamed} becomes {where}"
+            state = pair.target.state(renamed)
+        if not _has_something(state):
             yield f"{where} has nothing yet: everything is sent{_cost(task)}"
             return
-        source = pair.source.state(pair.source_volume)
         if pair.target.storage(pair.target_volume.storage).stream is StreamKind.NATIVE:
-            yield from _native_effects(where, source, state, _cost(task))
+            how = manner(pair, source, state, full=full, mismatch=self._mismatch(task))
+            yield from _native_effects(where, source, state, how, _cost(task))
         else:
             yield f"only blocks that differ from what is in {where} are sent"
         lineage = source.lineage if source is not None else None
@@ -69,26 +65,39 @@ class Mender:
             yield f"the half-received {state.resume.to_name} is discarded"
         yield "no snapshot of the target is destroyed"
 
-    def resync(self, task: Task, listen: Listener, cancel: Cancellation) -> Resync:
-        """Make the replica equal to a new snapshot of its source, keeping what only it has."""
+    def _mismatch(self, task: Task) -> Mismatch | None:
+        """What the replica is known to differ in."""
+        return self._runner.tracker.get(task.key).mismatch
+
+    def resync(self, task: Task, full: bool, listen: Listener, cancel: Cancellation) -> Resync:
+        """Bring the replica to a new snapshot of its source, keeping what only it has.
+
+        :param full: of a native storage: send everything anew, also where that is not known to be necessary
+        """
         pair, options = task.pair, self._runner.options(task)
         with self._runner.exclusive(task, cancel):
             failed = self._runner.snapshot(task.job, (pair.source_volume,), cancel)
             if pair.source_volume in failed:
                 raise failed[pair.source_volume]
-            state = pair.target.state(pair.target_volume)
+            source, state = pair.source.state(pair.source_volume), pair.target.state(pair.target_volume)
+            renamed = _renamed(pair, source) if state is None else None
+            if renamed is not None:  # first of all, or it would be continued from there as it is
+                pair.target.rename(renamed, pair.target_volume)
+                state = pair.target.state(pair.target_volume)
             observer = _progress_to(listen, task)
-            if state is None or not (state.versions or state.head_changed):
+            if not _has_something(state):
                 result = self._full(task, state, observer, cancel)
             else:
                 to = self._newest(task)
                 if pair.target.storage(pair.target_volume.storage).stream is StreamKind.NATIVE:
-                    result = rejoin(pair, to, options, observer=observer, cancel=cancel)
+                    how = manner(pair, source, state, full=full, mismatch=self._mismatch(task))
+                    result = rejoin(pair, to, options, observer=observer, cancel=cancel, anew=bool(how.why_all))
+                    result = replace(result, made_equal=result.made_equal or how.made_anew)
                 else:
                     result = self._compared(task, to, listen, cancel)
         survey = self._runner.survey(task)
         if survey.error is None:
-            self._runner.healed(task)
+            self._runner.healed(task, made_equal=result.made_equal)
         self._results.resynced(result, task.job.name)
         listen(result)
         return result
@@ -110,7 +119,9 @@ class Mender:
         replication = Replication(pair, self._runner.options(task), observer=observer, cancel=cancel)
         outcome = replication.run()
         name = outcome.newest.name if outcome.newest else ""
-        return Resync(str(pair.source_volume), pair.target_text, name, 0, outcome.done, outcome.sent, ())
+        return Resync(
+            str(pair.source_volume), pair.target_text, name, 0, outcome.done, outcome.sent, (), sent_whole(pair)
+        )
 
     def _newest(self, task: Task) -> Version:
         state = task.pair.source.state(task.pair.source_volume)
@@ -155,9 +166,7 @@ class Mender:
                 else:
                     found = verification.repair(pair, found, options, observer=observer, cancel=cancel)
         differs = not found.equal and not found.repaired
-        self._runner.tracker.recall(
-            task.key, mismatch=describe_mismatch(found.snapshot, found.differing) if differs else ""
-        )
+        self._runner.tracker.recall(task.key, mismatch=Mismatch(found.snapshot, found.differing) if differs else None)
         self._results.verified(found, task.job.name)
         listen(found)
         return found
@@ -184,18 +193,31 @@ def _cost(task: Task) -> str:
     return f" (about {format_size(size)}; {format_size(free)} are free there{short})"
 
 
-def _native_effects(where: str, source: VolumeState | None, target: VolumeState, cost: str) -> Iterator[str]:
+def _has_something(state: VolumeState | None) -> TypeGuard[VolumeState]:
+    """Whether a target has anything beside what a first copy that was cut off left."""
+    return state is not None and bool(state.versions or state.head_changed)
+
+
+def _renamed(pair: Pair, source: VolumeState | None) -> VolumeId | None:
+    """Where the replica is, if it is not where it should be."""
+    there = pair.target.storage(pair.target_volume.storage)
+    return find_replica(pair, source.lineage) if source and Capability.RENAME in there.capabilities else None
+
+
+def _native_effects(
+    where: str, source: VolumeState | None, target: VolumeState, how: Manner, cost: str
+) -> Iterator[str]:
     common = newest_common(source, target) if source is not None else None
-    if common is None:
+    if how.why_all or common is None:
         yield (
-            f"nothing is common: all of {where} is kept aside as {where}-diverged-<time>, and everything is sent "
-            f"anew{cost}"
+            f"{how.why_all}: all of {where} is kept aside as {where}-diverged-<time>, and everything is sent anew{cost}"
         )
         return
     newer = [v.name for v in target.snapshots if v.position > common.target.position]
     if newer or target.head_changed:
         yield f"{where} is put back to {common.target.name}; what it has after that is kept as {where}-diverged-<time>"
     yield f"what changed since {common.target.name} is sent"
+    yield "nobody looks whether what both have is equal: `replicator verify` does; with --full everything is sent anew"
 
 
 def _progress_to(listen: Listener, task: Task) -> Observer:

@@ -153,6 +153,13 @@ class Metrics:
             replica.failures = failures
             replica.last_success = last_success
 
+    def recall_verified(self, job: str, volume: str, target: str, verified: datetime, *, mismatched_bytes: int) -> None:
+        """What the history says of verifications before this process: an alarm outlives a restart."""
+        with self._lock:
+            replica = self._store.replica(job, volume, target)
+            if replica.verified is None:
+                replica.verified, replica.mismatched = verified, mismatched_bytes
+
     def forget(self, job: str, volume: str, target: str) -> None:
         """The volume is not replicated there any more: its series disappear."""
         with self._lock:
@@ -202,7 +209,7 @@ class Metrics:
             replica.verified, replica.mismatched = self._clock(), mismatched_bytes
 
     def mended(self, job: str, volume: str, target: str) -> None:
-        """A repair or a resync made the replica equal to its source."""
+        """A repair made the replica equal to its source, or a resync that compared all data or sent it anew."""
         with self._lock:
             self._store.replica(job, volume, target).mismatched = 0
 

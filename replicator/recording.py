@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from replicator.config import Config
@@ -10,8 +10,11 @@ from replicator.control import HistoryEntry, RunReport, Status
 from replicator.history import Check, Event, History, Run
 from replicator.metrics import Metrics
 from replicator.model import Progress, Version
-from replicator.tracker import ReplicaKey, describe_mismatch
-from replicator.verification import Method, Resync, Verification
+from replicator.tracker import ReplicaKey
+from replicator.verification import Method, Mismatch, Resync, Verification
+
+_CHECKS = 100
+"""How many verifications and resyncs are looked through for what is known of a replica."""
 
 
 class Recording:
@@ -94,11 +97,16 @@ class Recording:
 
     def recall(self, key: ReplicaKey) -> dict[str, object]:
         """See Memory."""
+        checks = self._history.checks(job=key.job, volume=key.volume, target=key.target, limit=_CHECKS)
+        known = _mismatch(checks)
+        verified = next((check.finished for check in checks if check.kind != "resync"), None)
+        if verified is not None:
+            self._metrics.recall_verified(
+                key.job, key.volume, key.target, verified, mismatched_bytes=known.differing if known else 0
+            )
         summary = self._history.summary(key.job, key.volume, key.target)
         if summary is None:
-            return {}
-        checks = self._history.checks(job=key.job, volume=key.volume, target=key.target, limit=1)
-        wrong = [c for c in checks if c.kind == "verify" and c.mismatched_bytes]
+            return {"mismatch": known} if checks else {}
         last, success = summary.last_run, summary.last_success
         last_sync = success.finished if success else None
         self._metrics.recall(key.job, key.volume, key.target, failures=summary.failures, last_success=last_sync)
@@ -111,7 +119,7 @@ class Recording:
             "sent": last.bytes_sent,
             "outcome": last.outcome,
             "message": last.message,
-            "mismatch": describe_mismatch(wrong[0].snapshot_name, wrong[0].mismatched_bytes) if wrong else "",
+            "mismatch": known,
         }
 
     def verified(self, result: Verification, job: str) -> None:
@@ -153,12 +161,13 @@ class Recording:
                 result.compared,
                 result.changed,
                 0,
-                True,
+                result.made_equal,
                 result.sent,
                 f"the target's own data is kept as {', '.join(result.aside)}" if result.aside else "",
             )
         )
-        self._metrics.mended(job, volume, result.target)
+        if result.made_equal:
+            self._metrics.mended(job, volume, result.target)
 
     def event(self, kind: str, subject: str, message: str = "") -> None:
         """Anything else worth remembering: the daemon started, a job was paused."""
@@ -181,6 +190,17 @@ class Recording:
         for peer in status.peers:
             self._metrics.peer(peer.node, peer.up, peer.round_trip, peer.clock_difference)
         return self._metrics.render()
+
+
+def _mismatch(checks: Sequence[Check]) -> Mismatch | None:
+    """What was found to differ and nothing has made right since; ``checks`` newest first. A resync that only continued
+    from what both sides have says nothing about it."""
+    for check in checks:
+        if check.kind == "verify" and check.mismatched_bytes:
+            return Mismatch(check.snapshot_name, check.mismatched_bytes)
+        if check.kind != "resync" or check.repaired:
+            return None
+    return None
 
 
 def _told(result: Verification) -> str:

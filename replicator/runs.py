@@ -570,11 +570,14 @@ class Runner:
             with self.tracker.running(task.key):
                 yield
 
-    def healed(self, task: Task) -> None:
-        """A resync or repair brought the replica into order: what was wrong with it no longer is."""
-        self.tracker.recall(
-            task.key, outcome="ok", message="", hint="", mismatch="", failures=0, last_sync=self._clock()
-        )
+    def healed(self, task: Task, *, made_equal: bool) -> None:
+        """A resync brought the replica into order: what stopped its runs no longer does.
+
+        :param made_equal: nor does it differ any more, as far as that was known
+        """
+        self.tracker.recall(task.key, outcome="ok", message="", hint="", failures=0, last_sync=self._clock())
+        if made_equal:
+            self.tracker.recall(task.key, mismatch=None)
 
     # -- pruning
 

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from replicator import units
 from replicator.control import RunReport
 from replicator.model import Progress, Version
+from replicator.verification import Mismatch
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -35,8 +35,8 @@ class Replica:
     :ivar as_of: the target has everything that was written before this; None where only ``newest`` says how old it is
     :ivar backlog: bytes of snapshots that are not on the target yet
     :ivar failures: consecutive runs that failed
-    :ivar mismatch: what the last verification found to differ, until a repair, a resync or an equal verification;
-        a run that succeeds afterwards does not make it right
+    :ivar mismatch: what the last verification found to differ, until a repair, a resync that looked at all data or sent
+        it anew, or an equal verification; a run that succeeds afterwards does not make it right
     """
 
     key: ReplicaKey
@@ -53,7 +53,7 @@ class Replica:
     message: str = ""
     hint: str = ""
     progress: Progress | None = None
-    mismatch: str = ""
+    mismatch: Mismatch | None = None
     as_of: datetime | None = None
 
     def lag(self, now: datetime) -> float | None:
@@ -68,11 +68,6 @@ def lag(newest: Version | None, as_of: datetime | None, now: datetime) -> float 
         return None
     known = newest.created if as_of is None else max(newest.created, as_of)
     return max(0.0, (now - known).total_seconds())
-
-
-def describe_mismatch(snapshot: str, differing: int) -> str:
-    """What is wrong with a replica that a verification found to differ in ``differing`` bytes."""
-    return f"the replica differs from its source: {units.format_size(differing)} of {snapshot}"
 
 
 class Tracker:

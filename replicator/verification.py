@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 
+from replicator import units
 from replicator.block_comparison import Compared, Comparison, merge
 from replicator.cancellation import Cancellation
 from replicator.endpoint import MAX_RANGES, Endpoint, Range, ReceiveMode, ReceiveRequest, SendRequest
@@ -84,6 +85,29 @@ class Verification:
     def equal(self) -> bool:
         """Whether the two were equal when they were compared."""
         return self.differing == 0 and self.file_count == 0 and not self.problems
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """What a verification found to differ and nothing has made right since.
+
+    :ivar snapshot: the source's name of what was compared
+    :ivar differing: bytes, as in :class:`Verification`
+    """
+
+    snapshot: str
+    differing: int
+
+    def __str__(self) -> str:
+        return f"the replica differs from its source: {units.format_size(self.differing)} of {self.snapshot}"
+
+
+def ways_out(volume: str, target: str) -> str:
+    """What to do about a replica that differs from its source."""
+    return (
+        f"`replicator resync {volume} --target {target}` makes it right, and says first what that takes; "
+        f"`replicator verify {volume} --target {target} --repair` tries to mend it where it is"
+    )
 
 
 @contextmanager
@@ -211,6 +235,8 @@ class Resync:
     :ivar changed: bytes of blocks that were sent (or zeroed) because they differed
     :ivar sent: bytes that crossed the network
     :ivar aside: names under which the target's own data is kept
+    :ivar made_equal: all data of the replica was compared with the source's or sent anew. If not, it continues from
+        what both sides have, and nobody looked whether that is equal
     """
 
     volume: str
@@ -220,6 +246,7 @@ class Resync:
     changed: int
     sent: int
     aside: tuple[str, ...]
+    made_equal: bool = True
 
 
 def aside_name(moment: datetime | None = None) -> str:

@@ -127,7 +127,7 @@ def verify(
 
 
 def _show_verification(item: Verification) -> None:
-    from replicator.verification import Method
+    from replicator.verification import Method, ways_out
 
     pair = f"{item.volume} → {item.target}"
     if item.equal:
@@ -150,10 +150,7 @@ def _show_verification(item: Verification) -> None:
         kept = f" What was there is kept as {item.aside}." if item.aside else ""
         say(f"Mended: the replica has the source's blocks now.{kept}")
     else:
-        hint(
-            f"`replicator verify {item.volume} --target {item.target} --repair` mends this snapshot; "
-            f"`replicator resync {item.volume} --target {item.target}` makes the whole replica right"
-        )
+        hint(ways_out(item.volume, item.target))
 
 
 _NOT_READ = "The data was not read and compared: identities and the pools' scrubs were."
@@ -204,29 +201,36 @@ def _show_files(pair: str, item: Verification) -> None:
 @click.command(cls=Verb)
 @click.argument("volume")
 @_target
+@click.option("--full", is_flag=True, help="ZFS: keep the whole replica aside and send everything anew in any case.")
 @yes_option
 @json_option
 @click.pass_obj
-def resync(app: App, volume: str, target: str | None, yes: bool, as_json: bool) -> int:
+def resync(app: App, volume: str, target: str | None, full: bool, yes: bool, as_json: bool) -> int:
     """Make the replicas of VOLUME right again, whatever happened to them: missing, diverged, damaged, their snapshots
-    gone.
+    gone. Says what it will change and what that takes, and asks.
 
-    Compares both sides by digest and sends only the blocks that differ. Data that only the target has is first kept
-    aside there as a snapshot diverged-<time>. Says what it will change, and asks.
+    Images: compares both sides by digest and sends only the blocks that differ. Data that only the target has is
+    first kept aside there as a snapshot diverged-<time>.
+
+    ZFS: puts the replica back to the newest snapshot that both sides have, keeps what it has after that as a dataset
+    NAME-diverged-<time>, and sends what changed since. It keeps the whole replica so, and sends everything anew, where
+    nothing is common, where the last verification found a difference, where raw and plain streams would be mixed, and
+    with --full. Cut off, that is continued by the next resync or sync.
 
     \b
     Examples:
       replicator resync tank:vm-100
       replicator resync tank:vm-100 --target prox2:backup --yes
+      replicator resync tank:vm-100 --target prox2:backup --full
     """
     from replicator.cli import work
     from replicator.web.messages import RESYNCS
 
     with connect.open_control(app, tell=True) as control:
-        previews = control.preview_resync(volume, target)
+        previews = control.preview_resync(volume, target, full)
         _show_previews(previews)
         consent("Go on?", yes=yes)
-        results = work.run(lambda listen, cancel: control.resync(volume, target, listen, cancel))
+        results = work.run(lambda listen, cancel: control.resync(volume, target, full, listen, cancel))
     if as_json:
         print_json(RESYNCS, results)
     else:
@@ -247,10 +251,16 @@ def _show_resync(result: Resync) -> None:
 
     compared = f"{units.format_size(result.compared)} compared, " if result.compared else ""
     kept = f" What only the target had is kept there as {', '.join(result.aside)}." if result.aside else ""
+    state = "right again at" if result.made_equal else "continued from what both sides have, and now at"
     say(
-        f"{result.volume} → {result.target}: right again at {result.snapshot}: {compared}"
+        f"{result.volume} → {result.target}: {state} {result.snapshot}: {compared}"
         f"{units.format_size(result.changed)} replaced, {units.format_size(result.sent)} sent.{kept}"
     )
+    if not result.made_equal:
+        note(
+            f"- whether all of it is equal, `replicator verify {result.volume} --target {result.target}` finds out; "
+            "--full sends everything anew"
+        )
 
 
 @click.command(cls=Verb)

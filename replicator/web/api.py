@@ -165,8 +165,8 @@ def _questions(control: Control) -> APIRouter:
         return _answer(messages.PLAN, control.plan(job))
 
     @router.get("/resync", summary="What a resync would change", response_model=tuple[ResyncPreview, ...])
-    def preview_resync(volume: Text, target: Text | None = None) -> Response:
-        return _answer(messages.PREVIEWS, control.preview_resync(volume, target))
+    def preview_resync(volume: Text, target: Text | None = None, full: bool = False) -> Response:
+        return _answer(messages.PREVIEWS, control.preview_resync(volume, target, full))
 
     @router.get("/snapshots", summary="Snapshots of a volume on every side", response_model=tuple[SideSnapshots, ...])
     def snapshots(volume: Text) -> Response:
@@ -218,7 +218,7 @@ def _work(control: Control, works: Works) -> APIRouter:
         return EventStream(
             works,
             lambda listen, cancel: messages.RESYNCS.dump_json(
-                control.resync(order.volume, order.target, listen, cancel)
+                control.resync(order.volume, order.target, order.full, listen, cancel)
             ),
         )
 

@@ -77,6 +77,7 @@ class ResyncRequest:
 
     volume: str
     target: str | None = None
+    full: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,11 +68,11 @@ class World:
         with open_engine(self._config) as engine:
             return engine.status().orphans
 
-    def resync(self, volume: str) -> tuple[str, ...]:
+    def resync(self, volume: str, *, full: bool = False) -> tuple[str, ...]:
         """Resync, and what it said beforehand."""
         with open_engine(self._config) as engine:
-            (preview,) = engine.preview_resync(f"tank:{volume}", None)
-            engine.resync(f"tank:{volume}", None, lambda _: None, Cancellation())
+            (preview,) = engine.preview_resync(f"tank:{volume}", None, full)
+            engine.resync(f"tank:{volume}", None, full, lambda _: None, Cancellation())
         return preview.effects
 
     def zvol(self, name: str) -> None:

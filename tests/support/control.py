@@ -71,12 +71,14 @@ class FakeControl:
         found: tuple[RunReport, ...] = self._work("sync", listen, cancel, job, volume, target)
         return found
 
-    def preview_resync(self, volume: str, target: str | None) -> tuple[ResyncPreview, ...]:
-        found: tuple[ResyncPreview, ...] = self._answer("preview_resync", volume, target)
+    def preview_resync(self, volume: str, target: str | None, full: bool) -> tuple[ResyncPreview, ...]:
+        found: tuple[ResyncPreview, ...] = self._answer("preview_resync", volume, target, full)
         return found
 
-    def resync(self, volume: str, target: str | None, listen: Listener, cancel: Cancellation) -> tuple[Resync, ...]:
-        found: tuple[Resync, ...] = self._work("resync", listen, cancel, volume, target)
+    def resync(
+        self, volume: str, target: str | None, full: bool, listen: Listener, cancel: Cancellation
+    ) -> tuple[Resync, ...]:
+        found: tuple[Resync, ...] = self._work("resync", listen, cancel, volume, target, full)
         return found
 
     def verify(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -15,7 +16,7 @@ from replicator.control import Orphan
 from replicator.endpoint import Endpoint, PruneRequest, ReceiveRequest, SendRequest, SnapshotRequest
 from replicator.errors import ConflictError, NotAReplica, SnapshotHeld, StaleEpoch, Unsupported
 from replicator.local import LocalEndpoint
-from replicator.mending import Mender
+from replicator.mending import Mender, Results
 from replicator.model import (
     Capability,
     Lineage,
@@ -36,11 +37,11 @@ from replicator.model import (
 from replicator.orphans import find_orphans
 from replicator.planning import Intermediates, Plan, SendPolicy
 from replicator.replication import Options, Outcome, Pair, Replication
-from replicator.runs import Task, ready_tasks
+from replicator.runs import Runner, Task, ready_tasks
 from replicator.selection import SnapshotPatterns
 from replicator.settings import Job
 from replicator.streams import Chunk, ChunkStream, NativeChunk, Stream
-from replicator.tracker import ReplicaKey
+from replicator.tracker import ReplicaKey, Tracker
 from tests.support.blocks import pattern
 from tests.support.faults import Crash, Fault, FaultyEndpoint, Point
 from tests.support.versions import LINEAGE, OTHER_LINEAGE, TAG, snap
@@ -472,7 +473,8 @@ def test_replicas_without_a_source_are_shown(path: str) -> None:
 
 def effects(pair: Pair) -> list[str]:
     item = Task(cast("object", None), ReplicaKey("vms", str(pair.source_volume), "prox2:backup"), pair, "prox2")  # type: ignore[arg-type]
-    return list(Mender(cast("object", None), cast("object", None)).effects(item))  # type: ignore[arg-type]
+    runner = SimpleNamespace(tracker=Tracker())
+    return list(Mender(cast("Runner", runner), cast("Results", None)).effects(item))
 
 
 def test_a_resync_says_what_sending_everything_takes() -> None:
@@ -493,4 +495,4 @@ def test_a_resync_says_what_sending_everything_takes() -> None:
 def test_a_resync_of_a_renamed_volume_says_so(world: World) -> None:
     world.source.rename("vm", "new")
     told = effects(world.pair("new"))
-    assert "the source was renamed: its replica backup:prox1/vm becomes prox2/backup:prox1/new" in told[-1]
+    assert "the replica backup:prox1/vm becomes prox2/backup:prox1/new" in told

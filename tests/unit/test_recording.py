@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from replicator.metrics import Metrics
 from replicator.model import Progress, Version
 from replicator.recording import Recording
 from replicator.tracker import Replica, ReplicaKey, Tracker
-from replicator.verification import Resync, Verification
+from replicator.verification import Mismatch, Resync, Verification
 
 NOW = datetime(2026, 11, 20, 8, 0, tzinfo=UTC)
 KEY = ReplicaKey("vms", "tank:vm-1", "prox2:backup")
@@ -120,6 +121,33 @@ def test_verifications_and_resyncs(recording: Recording, history: History, metri
     assert (verify.kind, verify.mismatched_bytes, verify.mismatched_ranges) == ("verify", 64, 2)
     assert (resync.kind, resync.bytes_sent) == ("resync", 30)
     assert "diverged-x" in resync.message
+
+
+def test_an_alarm_ends_with_what_made_the_data_equal_and_with_nothing_else(
+    recording: Recording, history: History, metrics: Metrics
+) -> None:
+    alarm = f"replicator_replica_mismatched_bytes{LABELS}"
+    continued = Resync("tank:vm-1", "prox2:backup", "snap", 0, 0, 30, (), made_equal=False)
+    recording.verified(Verification("tank:vm-1", "prox2:backup", "snap", 1000, 64, (), 2), "vms")
+    recording.resynced(continued, "vms")
+    recording.resynced(continued, "vms")
+    assert f"{alarm} 64.0" in exposed(metrics)
+    wrong = Mismatch("snap", 64)
+    assert recording.recall(KEY) == {"mismatch": wrong}
+    recording.run_finished(report("ok"), NOW, NEWEST)
+    assert recording.recall(KEY)["mismatch"] == wrong
+    fresh = Metrics(clock=lambda: NOW)
+    Recording(CONFIG, history, fresh, clock=lambda: NOW).recall(KEY)
+    assert f"{alarm} 64.0" in exposed(fresh), "it outlives a restart"
+    recording.resynced(replace(continued, made_equal=True), "vms")
+    assert f"{alarm} 0.0" in exposed(metrics)
+    assert recording.recall(KEY)["mismatch"] is None
+    recording.verified(Verification("tank:vm-1", "prox2:backup", "snap", 1000, 64, (), 2), "vms")
+    recording.resynced(continued, "vms")
+    recording.verified(Verification("tank:vm-1", "prox2:backup", "snap", 1000, 0, (), 0), "vms")
+    recording.resynced(continued, "vms")
+    assert recording.recall(KEY)["mismatch"] is None
+    assert f"{alarm} 0.0" in exposed(metrics)
 
 
 def test_pulled_volumes_have_their_node_in_the_name(recording: Recording, history: History) -> None:

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
 from replicator.cancellation import Cancellation
 from replicator.endpoint import Endpoint, ReceiveMode, ReceiveRequest, SendRequest
-from replicator.model import Capability, Lineage, Role, StorageInfo, StreamKind, Version, VersionRef, VolumeState
-from replicator.planning import SendPolicy
+from replicator.errors import PeerUnreachable, ReplicatorError, Unsupported
+from replicator.mending import Mender, Results
+from replicator.model import (
+    Capability,
+    Lineage,
+    Origin,
+    Role,
+    StorageInfo,
+    StreamKind,
+    Version,
+    VersionRef,
+    VolumeId,
+    VolumeInfo,
+    VolumeState,
+)
+from replicator.planning import Intermediates, SendPolicy
 from replicator.rejoining import rejoin
 from replicator.replication import Options, Pair
+from replicator.runs import Runner, Survey, Task
+from replicator.settings import Job
 from replicator.streams import Chunk, ChunkStream, NativeChunk, Stream
+from replicator.tracker import ReplicaKey, Tracker
+from replicator.verification import Mismatch, Resync
 from tests.support.versions import LINEAGE, SOURCE, TAG, TARGET, snap, source_state, target_state
 
 ONE, TWO, THREE = snap(1), snap(2), snap(3)
@@ -29,12 +51,24 @@ class Side:
         self.now: VolumeState | None = state
         self.received: list[ReceiveRequest] = []
         self.asked: list[str] = []
+        self.aside: dict[VolumeId, VolumeState] = {}
+        self.cut: ReplicatorError | None = None
+
+    def volumes(self, _storage: str) -> tuple[VolumeInfo, ...]:
+        return tuple(VolumeInfo(volume, None, state.lineage, state.origin) for volume, state in self.aside.items())
+
+    def snapshot(self, version: Version) -> None:
+        assert self.now is not None
+        self.now = replace(self.now, versions=(*self.now.versions, version))
+
+    def estimate(self, *_asked: object) -> int:
+        return 5 << 30
 
     def storage(self, name: str) -> StorageInfo:
         return StorageInfo(name, "zfs", StreamKind.NATIVE, Capability.SEND | Capability.RECEIVE, 0, 0, "")
 
-    def state(self, _volume: object) -> VolumeState | None:
-        return self.now
+    def state(self, volume: VolumeId) -> VolumeState | None:
+        return self.aside.get(volume, self.now)
 
     def ensure_primary(self, _volume: object) -> Lineage:
         return Lineage(LINEAGE, Role.PRIMARY, 1)
@@ -57,19 +91,31 @@ class Side:
     def receive(self, request: ReceiveRequest, stream: Stream, _cancel: Cancellation) -> Version:
         list(stream)
         self.received.append(request)
-        assert self.now is not None
-        kept: tuple[Version, ...] = self.now.versions
+        cut, self.cut = self.cut, None
+        kept: tuple[Version, ...] = self.now.versions if self.now is not None else ()
         if request.mode is ReceiveMode.REBUILD:
+            assert self.now is not None
+            volume = replace(request.volume, name=f"{request.volume.name}-{request.aside}")
             guids = [v.guid for v in kept]
-            kept = kept[: guids.index(request.base.guid) + 1] if request.base else ()
-        self.now = replace(self.now, versions=(*kept, request.to), head_changed=False)
+            origin = Origin(request.volume, request.base.name) if request.base else None
+            left = guids.index(request.base.guid) + 1 if request.base else 0
+            self.aside[volume] = replace(self.now, id=volume, versions=kept[left:], origin=origin)
+            kept = kept[:left]
+        if cut is not None:
+            self.now = None if not kept else replace(target_state(*kept), resume=None)
+            raise cut
+        self.now = replace(target_state(*kept, request.to), head_changed=False)
         return request.to
+
+
+def ignore(_: object) -> None:
+    pass
 
 
 def run(source: VolumeState, target: VolumeState) -> tuple[Side, tuple[str, ...]]:
     left, right = Side("prox1", source), Side("prox2", target)
     pair = Pair(cast(Endpoint, left), SOURCE, cast(Endpoint, right), TARGET, TAG)
-    done = rejoin(pair, source.versions[-1], Options(SendPolicy()), observer=lambda _: None, cancel=Cancellation())
+    done = rejoin(pair, source.versions[-1], Options(SendPolicy()), observer=ignore, cancel=Cancellation())
     assert right.asked == ["adopt", "abort"]
     assert right.now is not None
     assert right.now.versions[-1].guid == source.versions[-1].guid
@@ -94,6 +140,150 @@ def test_without_anything_in_common_everything_is_sent() -> None:
     right, aside = run(source_state(ONE, TWO), target_state(OWN))
     assert [(r.mode, r.base) for r in right.received] == [(ReceiveMode.REBUILD, None)]
     assert len(aside) == 1
+
+
+def test_a_cut_of_a_whole_copy_is_continued_at_once_as_a_first_copy() -> None:
+    left, right = Side("prox1", source_state(ONE, TWO)), Side("prox2", target_state(ONE))
+    right.cut = PeerUnreachable("cut", hint="")
+    pair = Pair(cast(Endpoint, left), SOURCE, cast(Endpoint, right), TARGET, TAG)
+    done = rejoin(pair, TWO, Options(SendPolicy()), observer=ignore, cancel=Cancellation(), anew=True)
+    assert [(r.mode, r.base) for r in right.received][:2] == [(ReceiveMode.REBUILD, None), (ReceiveMode.REPLICA, None)]
+    assert len(right.aside) == 1
+    assert done.made_equal
+
+
+def test_a_cut_before_anything_was_kept_aside_does_not_continue_the_old_replica(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left, right = Side("prox1", source_state(ONE, TWO)), Side("prox2", target_state(ONE))
+
+    def refuse(_request: object, _stream: object, _cancel: object) -> Version:
+        raise PeerUnreachable("cut", hint="")
+
+    monkeypatch.setattr(right, "receive", refuse)
+    pair = Pair(cast(Endpoint, left), SOURCE, cast(Endpoint, right), TARGET, TAG)
+    with pytest.raises(PeerUnreachable):
+        rejoin(pair, TWO, Options(SendPolicy()), observer=ignore, cancel=Cancellation(), anew=True)
+    assert right.now == target_state(ONE)
+
+
+# -- what a resync decides, says, and what becomes of the alarm
+
+
+class Site:
+    """A replica, and what is known of it."""
+
+    def __init__(self, *there: Version, mismatch: str = "") -> None:
+        self.source, self.target = Side("prox1", source_state(ONE, TWO)), Side("prox2", target_state(*there))
+        self.pair = Pair(cast(Endpoint, self.source), SOURCE, cast(Endpoint, self.target), TARGET, TAG)
+        self.task = Task(cast(Job, SimpleNamespace(name="vms")), ReplicaKey("vms", str(SOURCE), "b"), self.pair, "b")
+        self.tracker = Tracker()
+        if mismatch:
+            self.tracker.recall(self.task.key, mismatch=Mismatch(mismatch, 64))
+        self.results: list[Resync] = []
+        self._numbers = itertools.count(3)
+
+    def mender(self) -> Mender:
+        results = SimpleNamespace(resynced=lambda result, _job: self.results.append(result))
+        return Mender(cast(Runner, self), cast(Results, results))
+
+    def resync(self, *, full: bool = False) -> Resync:
+        return self.mender().resync(self.task, full, lambda _: None, Cancellation())
+
+    def told(self, *, full: bool = False) -> str:
+        return "\n".join(self.mender().effects(self.task, full))
+
+    def alarm(self) -> bool:
+        return self.tracker.get(self.task.key).mismatch is not None
+
+    # what Mender asks of a runner
+
+    def options(self, _task: Task) -> Options:
+        return Options(SendPolicy(Intermediates.NEWEST, "vms"))
+
+    def exclusive(self, _task: Task, _cancel: Cancellation) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def snapshot(self, _job: Job, _volumes: object, _cancel: Cancellation) -> dict[VolumeId, ReplicatorError]:
+        self.source.snapshot(snap(next(self._numbers)))
+        return {}
+
+    def survey(self, _task: Task) -> Survey:
+        return Survey(None, None, 0)
+
+    healed = Runner.healed
+
+    def _clock(self) -> datetime:
+        return datetime.now(UTC)
+
+
+def test_a_damaged_replica_is_kept_aside_whole_and_everything_is_sent() -> None:
+    site = Site(ONE, TWO, mismatch=TWO.name)
+    told = site.told()
+    assert f"64 B of {TWO.name}: all of prox2/{TARGET} is kept aside as prox2/{TARGET}-diverged-<time>" in told
+    assert "everything is sent anew (about 5.00 GiB; 0 B are free there, which is too little)" in told
+    done = site.resync()
+    assert [(r.mode, r.base) for r in site.target.received] == [(ReceiveMode.REBUILD, None)]
+    ((volume, kept),) = site.target.aside.items()
+    assert done.aside == (str(volume),)
+    assert kept.versions == (ONE, TWO)
+    assert done.made_equal
+    assert not site.alarm()
+
+
+@pytest.mark.parametrize("there", [(ONE, TWO), (ONE, OWN)])
+def test_full_sends_everything_whatever_is_known(there: tuple[Version, ...]) -> None:
+    site = Site(*there)
+    assert "everything is sent anew" not in site.told().replace("with --full everything is sent anew", "")
+    assert "everything is to be sent anew: all of" in site.told(full=True)
+    assert site.resync(full=True).made_equal
+    assert [r.base for r in site.target.received] == [None]
+
+
+def test_an_ordinary_resync_claims_nothing_about_what_both_have() -> None:
+    site = Site(ONE, OWN)
+    assert "nobody looks whether what both have is equal" in site.told()
+    assert not site.resync().made_equal
+    site.tracker.recall(site.task.key, mismatch=Mismatch("that nobody made right", 1))
+    site.mender()._runner.healed(site.task, made_equal=False)
+    assert site.alarm()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_whole_copy_that_was_cut_off_is_continued_by_the_next_resync(full: bool) -> None:
+    site = Site(ONE, TWO, mismatch=TWO.name)
+    site.target.cut = Unsupported("cut for good", hint="")
+    with pytest.raises(Unsupported):
+        site.resync(full=full)
+    assert site.alarm()
+    assert "has nothing yet" in site.told(full=full)
+    done = site.resync(full=full)
+    assert len(site.target.aside) == 1, "kept aside once"
+    assert done.made_equal
+    assert not site.alarm()
+
+
+def test_a_whole_copy_of_which_only_the_confirmation_was_lost_is_not_begun_again() -> None:
+    site = Site(ONE, TWO, mismatch=TWO.name)
+    site.resync()
+    site.tracker.recall(
+        site.task.key, mismatch=Mismatch(TWO.name, 64)
+    )  # as if it had been cut off before it could tell
+    assert "is kept aside" not in site.told()
+    done = site.resync()
+    assert len(site.target.aside) == 1
+    assert done.made_equal
+    assert not site.alarm()
+
+
+def test_what_was_only_put_back_does_not_count_as_made_anew() -> None:
+    site = Site(ONE, TWO, OWN)
+    site.source.now = source_state(ONE)
+    site.resync()
+    ((_, kept),) = site.target.aside.items()
+    assert kept.versions == (TWO, OWN)
+    site.tracker.recall(site.task.key, mismatch=Mismatch(TWO.name, 64))
+    assert "is kept aside" in site.told()
 
 
 @pytest.mark.parametrize("there", [(ONE,), (ONE, TWO)])
