@@ -27,6 +27,7 @@ from replicator.endpoint import (
     Scrub,
     ScrubRequest,
     SendRequest,
+    Taken,
     VolumeListing,
 )
 from replicator.errors import ReplicatorError
@@ -102,6 +103,18 @@ class Backend(Protocol):
         A snapshot of that name that exists is returned unchanged. If one volume fails, those made before stay.
         """
 
+    @property
+    def pool(self) -> str:
+        """What it shares instants with: volumes of all storages of this node with the same one can be snapshotted
+        together (:meth:`snapshot_each`)."""
+
+    def snapshot_each(self, parts: Sequence[tuple[Backend, tuple[str, ...]]], name: str) -> tuple[Taken, ...]:
+        """:meth:`snapshot` of volumes of storages that have this one's ``pool``. What fails is in its place, and keeps
+        nobody from the others; with Capability.ATOMIC_GROUP these still are of one instant.
+
+        :param parts: storages, this one among them, with volumes of each
+        """
+
     def destroy(self, volume: str, version: VersionRef) -> None:
         """Destroy one version; nothing happens if it is gone.
 
@@ -156,6 +169,27 @@ class OneByOne(ABC):
     """What a backend inherits that has no better way to treat many volumes or versions than one after the other."""
 
     name: str
+
+    @property
+    def pool(self) -> str:
+        """See :class:`Backend`."""
+        return self.name
+
+    @abstractmethod
+    def snapshot(self, volumes: tuple[str, ...], name: str) -> tuple[Version, ...]:
+        """See :class:`Backend`."""
+
+    def snapshot_each(self, parts: Sequence[tuple[Backend, tuple[str, ...]]], name: str) -> tuple[Taken, ...]:
+        """See :class:`Backend`."""
+        return tuple(self._taken(volume, name) for _, volumes in parts for volume in volumes)
+
+    def _taken(self, volume: str, name: str) -> Taken:
+        identity = VolumeId(self.name, volume)
+        try:
+            (version,) = self.snapshot((volume,), name)
+        except ReplicatorError as error:
+            return Taken(identity, None, error)
+        return Taken(identity, version)
 
     @abstractmethod
     def state(self, volume: str) -> VolumeState | None:

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from backends.base import OneByOne
+from backends.base import Backend, OneByOne
 from backends.blocks import ChunkChecker, after, changes, packed, within
 from backends.memory_volume import Partial, Stored, Volume, check_resume, continues, newest_data, next_position
 from replicator import names
 from replicator.cancellation import Cancellation
 from replicator.checksums import Checksums
-from replicator.endpoint import DigestBatch, DigestRequest, Head, ReceiveMode, ReceiveRequest, SendRequest
+from replicator.endpoint import DigestBatch, DigestRequest, Head, ReceiveMode, ReceiveRequest, SendRequest, Taken
 from replicator.errors import (
     NoSuchSnapshot,
     NoSuchVolume,
@@ -248,6 +248,11 @@ class MemoryBackend(OneByOne):
                         hint="take snapshots of its primary",
                     )
             return tuple(self._take(volume, name, moment) for volume in volumes)
+
+    def snapshot_each(self, parts: Sequence[tuple[Backend, tuple[str, ...]]], name: str) -> tuple[Taken, ...]:
+        """See :class:`~backends.base.Backend`. Nobody writes meanwhile."""
+        with self._lock:
+            return super().snapshot_each(parts, name)
 
     def _named(self, volume: str, name: str) -> Version | None:
         versions = (s.version for s in self._volume(volume).stored)

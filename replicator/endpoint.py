@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 from replicator.cancellation import Cancellation
-from replicator.errors import ReplicatorError
+from replicator.errors import NoSuchSnapshot, ReplicatorError
 from replicator.model import (
     Lineage,
     Property,
@@ -52,13 +52,30 @@ MAX_RANGES = 32768
 
 @dataclass(frozen=True, slots=True)
 class SnapshotRequest:
-    """Take one snapshot, under one name, of each of the volumes; at one instant where the storage can.
-
-    :ivar volumes: all of one storage
-    """
+    """Take one snapshot, under one name, of each of the volumes. Those of one pool, whatever their storages, get theirs
+    at one instant where the storage can (Capability.ATOMIC_GROUP)."""
 
     volumes: tuple[VolumeId, ...]
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What came of one volume of a :class:`SnapshotRequest`.
+
+    :ivar version: its snapshot; None: there is none
+    :ivar error: why not
+    """
+
+    volume: VolumeId
+    version: Version | None
+    error: ReplicatorError | None = None
+
+    def get(self) -> Version:
+        """The snapshot. :raises ReplicatorError: it could not be taken"""
+        if self.version is None:
+            raise self.error or NoSuchSnapshot(f"there is no snapshot of {self.volume}", hint="")
+        return self.version
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,10 +351,12 @@ class Endpoint(Protocol):
         :raises ConflictError: the volume is a replica here, so it cannot be a source
         """
 
-    def snapshot(self, request: SnapshotRequest) -> tuple[Version, ...]:
-        """Take snapshots; they are durable when this returns. One that exists under that name is returned as it is.
+    def snapshot(self, request: SnapshotRequest) -> tuple[Taken, ...]:
+        """Take snapshots, in the order of the request; they are durable when this returns. One that exists under that
+        name is returned as it is.
 
-        :raises NoSuchVolume, NoSpace, VolumeChanged:
+        A volume of which none can be taken (it is gone, its names are too long, a limit) has its error in its place and
+        keeps nobody from the others.
         """
 
     def hold(self, volume: VolumeId, version: VersionRef, tag: str) -> None:

@@ -29,6 +29,7 @@ from replicator.endpoint import (
     ScrubRequest,
     SendRequest,
     SnapshotRequest,
+    Taken,
     VolumeListing,
 )
 from replicator.errors import (
@@ -230,19 +231,27 @@ class LocalEndpoint:
             self._of(volume).set_lineage(volume.name, lineage)
         return lineage
 
-    def snapshot(self, request: SnapshotRequest) -> tuple[Version, ...]:
+    def snapshot(self, request: SnapshotRequest) -> tuple[Taken, ...]:
         """See :class:`~replicator.endpoint.Endpoint`."""
         names.check_snapshot(request.name)
-        storages = {volume.storage for volume in request.volumes}
-        if len(storages) > 1:
-            raise UsageError(
-                f"one snapshot request names volumes of several storages: {', '.join(sorted(storages))}",
-                hint="ask for each storage by itself",
-            )
-        if not request.volumes:
-            return ()
-        backend = self._backend(storages.pop())
-        return backend.snapshot(tuple(names.check_volume(v.name) for v in request.volumes), request.name)
+        taken: dict[VolumeId, Taken] = {}
+        pools: dict[str, list[tuple[Backend, tuple[str, ...]]]] = {}
+        for storage, group in _by_storage(request.volumes).items():
+            volumes = tuple(names.check_volume(volume.name) for volume in group)
+            try:
+                backend = self._backend(storage)
+            except ReplicatorError as error:
+                taken |= {volume: Taken(volume, None, error) for volume in group}
+            else:
+                pools.setdefault(backend.pool, []).append((backend, volumes))
+        for parts in pools.values():
+            try:
+                together = parts[0][0].snapshot_each(parts, request.name)
+            except ReplicatorError as error:
+                wanted = (VolumeId(backend.name, volume) for backend, volumes in parts for volume in volumes)
+                together = tuple(Taken(volume, None, error) for volume in wanted)
+            taken |= {each.volume: each for each in together}
+        return tuple(taken[volume] for volume in request.volumes)
 
     def estimate(self, volume: VolumeId, base: VersionRef | None, to: VersionRef) -> int | None:
         """See :class:`~replicator.endpoint.Endpoint`."""

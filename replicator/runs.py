@@ -313,26 +313,30 @@ class Runner:
 
         :param primaries: volumes that are known to be marked as such
 
-        Raises nothing of the storages: where volumes of one storage cannot be snapshotted at one instant anyway, one
-        that fails does not keep the others from being protected.
+        Raises nothing of the storages: one volume that fails does not keep the others from being protected.
         """
         source = self._network.endpoint(job.source.node)
         failed: dict[VolumeId, ReplicatorError] = {}
-        by_storage: dict[str, list[VolumeId]] = {}
+        ready: dict[str, list[VolumeId]] = {}
         for volume in volumes:
             try:
                 if volume not in primaries:
                     source.ensure_primary(volume)
-                by_storage.setdefault(volume.storage, []).append(volume)
+                ready.setdefault(volume.storage, []).append(volume)
             except ReplicatorError as error:
                 failed[volume] = error
-        if not by_storage:
+        if not ready:
             return failed
         name = snapshot_name(job.name, self._clock())
         with self._quiesced(job, volumes):
-            for storage, group in by_storage.items():
+            for request in self._snapshot_requests(source, ready, name, failed):
                 cancel.check()
-                failed.update(self._snapshot_group(source, storage, group, name))
+                try:
+                    taken = source.snapshot(request)
+                except ReplicatorError as error:
+                    failed |= dict.fromkeys(request.volumes, error)
+                else:
+                    failed |= {each.volume: each.error for each in taken if each.error is not None}
         return failed
 
     def _quiesced(self, job: Job, volumes: Sequence[VolumeId]) -> AbstractContextManager[None]:
@@ -343,23 +347,29 @@ class Runner:
             quiesce.before, quiesce.after, quiesce.timeout, job=job.name, volumes=[str(v) for v in volumes]
         )
 
-    def _snapshot_group(
-        self, source: Endpoint, storage: str, group: list[VolumeId], name: str
-    ) -> dict[VolumeId, ReplicatorError]:
-        try:
-            atomic = Capability.ATOMIC_GROUP in source.storage(storage).capabilities
-            if atomic or len(group) == 1:
-                source.snapshot(SnapshotRequest(tuple(group), name))
-                return {}
-        except ReplicatorError as error:
-            return dict.fromkeys(group, error)
-        failed = {}
-        for volume in group:
+    def _snapshot_requests(
+        self,
+        source: Endpoint,
+        volumes: dict[str, list[VolumeId]],
+        name: str,
+        failed: dict[VolumeId, ReplicatorError],
+    ) -> list[SnapshotRequest]:
+        """What can be of one instant together, whatever its storages, and the rest by itself.
+
+        :param volumes: by storage
+        :param failed: gets those of storages that are not there
+        """
+        together: list[VolumeId] = []
+        alone: list[VolumeId] = []
+        for storage, group in volumes.items():
             try:
-                source.snapshot(SnapshotRequest((volume,), name))
+                atomic = Capability.ATOMIC_GROUP in source.storage(storage).capabilities
             except ReplicatorError as error:
-                failed[volume] = error
-        return failed
+                failed |= dict.fromkeys(group, error)
+            else:
+                (together if atomic else alone).extend(group)
+        groups = [(*together,)] if together else []
+        return [SnapshotRequest(group, name) for group in (*groups, *((volume,) for volume in alone))]
 
     def run(
         self, job: Job, volume: str | None, target: str | None, listen: Listener, cancel: Cancellation

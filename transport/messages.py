@@ -32,6 +32,7 @@ from replicator.endpoint import (
     ScrubRequest,
     SendRequest,
     SnapshotRequest,
+    Taken,
     VolumeListing,
 )
 from replicator.endpoint import Scrub as ScrubState
@@ -262,6 +263,35 @@ class Fault:
     message: str
     hint: str
 
+    @classmethod
+    def of(cls, error: ReplicatorError | None) -> Fault | None:
+        """For sending."""
+        return cls(error.code, error.message[:_MAX_TEXT], error.hint[:_MAX_TEXT]) if error is not None else None
+
+    @property
+    def error(self) -> ReplicatorError:
+        """As it was at the peer."""
+        return rebuild_error(self.code, self.message, self.hint)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotTaken:
+    """A :class:`~replicator.endpoint.Taken` on the wire: with a version, or else with a fault."""
+
+    volume: VolumeId
+    version: Version | None
+    fault: Fault | None
+
+    @classmethod
+    def of(cls, taken: Taken) -> SnapshotTaken:
+        """For sending."""
+        return cls(taken.volume, taken.version, Fault.of(taken.error))
+
+    @property
+    def taken(self) -> Taken:
+        """As it was at the peer."""
+        return Taken(self.volume, self.version, self.fault.error if self.fault is not None else None)
+
 
 @dataclass(frozen=True, slots=True)
 class Listed:
@@ -274,16 +304,12 @@ class Listed:
     @classmethod
     def of(cls, listing: VolumeListing) -> Listed:
         """For sending."""
-        error = listing.error
-        fault = Fault(error.code, error.message[:_MAX_TEXT], error.hint[:_MAX_TEXT]) if error is not None else None
-        return cls(listing.volume, listing.state, fault)
+        return cls(listing.volume, listing.state, Fault.of(listing.error))
 
     @property
     def listing(self) -> VolumeListing:
         """As it was at the peer."""
-        fault = self.fault
-        error = rebuild_error(fault.code, fault.message, fault.hint) if fault is not None else None
-        return VolumeListing(self.volume, self.state, error)
+        return VolumeListing(self.volume, self.state, self.fault.error if self.fault is not None else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,7 +380,7 @@ ANSWERS: dict[type[Request], Any] = {
     States: StatesPart,
     Heads: tuple[Head, ...],
     EnsurePrimary: Lineage,
-    Snapshot: tuple[Version, ...],
+    Snapshot: tuple[SnapshotTaken, ...],
     Hold: None,
     Release: None,
     Estimate: int | None,
@@ -548,6 +574,9 @@ def _check_fields(value: object) -> None:  # noqa: PLR0912, PLR0915 - one case a
         case States() | Heads():
             if not 1 <= len(value.volumes) <= MAX_VOLUMES:
                 raise _refuse(f"{len(value.volumes)} volumes to be listed; 1 to {MAX_VOLUMES} are allowed")
+        case SnapshotTaken():
+            if (value.version is None) == (value.fault is None):
+                raise _refuse("a snapshot that was taken and was not")
         case Fault():
             for text in (value.code, value.message, value.hint):
                 _text(text, "part of an error")

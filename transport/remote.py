@@ -20,9 +20,10 @@ from replicator.endpoint import (
     ScrubRequest,
     SendRequest,
     SnapshotRequest,
+    Taken,
     VolumeListing,
 )
-from replicator.errors import Cancelled, ConnectionLost, RemoteError, ReplicatorError
+from replicator.errors import Cancelled, ConnectionLost, ProtocolError, RemoteError, ReplicatorError
 from replicator.model import Lineage, Property, StorageInfo, Version, VersionRef, VolumeId, VolumeInfo, VolumeState
 from replicator.streams import ChunkStream, Stream
 from transport import messages
@@ -205,12 +206,17 @@ class RemoteEndpoint:
         found: Lineage = self._call(messages.EnsurePrimary(volume))
         return found
 
-    def snapshot(self, request: SnapshotRequest) -> tuple[Version, ...]:
+    def snapshot(self, request: SnapshotRequest) -> tuple[Taken, ...]:
         """See :class:`~replicator.endpoint.Endpoint`."""
         if not request.volumes:
             return ()
-        found: tuple[Version, ...] = self._call(messages.Snapshot(request))
-        return found
+        answer: tuple[messages.SnapshotTaken, ...] = self._call(messages.Snapshot(request))
+        if [each.volume for each in answer] != list(request.volumes):
+            raise ProtocolError(
+                f"node {self.node} answered with snapshots of other volumes than were asked for",
+                hint="both nodes must run the same version",
+            )
+        return tuple(each.taken for each in answer)
 
     def hold(self, volume: VolumeId, version: VersionRef, tag: str) -> None:
         """See :class:`~replicator.endpoint.Endpoint`."""

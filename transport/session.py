@@ -133,7 +133,7 @@ class Session:
             case messages.EnsurePrimary(volume):
                 return endpoint.ensure_primary(volume)
             case messages.Snapshot(snapshot):
-                return endpoint.snapshot(snapshot)
+                return tuple(messages.SnapshotTaken.of(taken) for taken in endpoint.snapshot(snapshot))
             case messages.SetAside(volume, name):
                 return endpoint.set_aside(volume, name)
             case messages.Prune(prune):

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from backends.base import OneByOne
+from backends.base import Backend, OneByOne
 from backends.zfs import (
     aside,
     clones,
@@ -22,13 +22,14 @@ from backends.zfs import (
     replica,
     scrubbing,
     sending,
+    snapshotting,
     taking_over,
 )
 from backends.zfs.binding import LibraryChoice, installed
 from backends.zfs.commands import LIST_DEADLINE, Runner, SystemRunner
 from backends.zfs.context import Context
 from backends.zfs.failures import Operation, failure
-from backends.zfs.listing import Dataset, Listing, parse, versions_of
+from backends.zfs.listing import Dataset, Listing
 from backends.zfs.naming import DatasetNames
 from backends.zfs.pool_state import PoolState
 from backends.zfs.taking_over import Terms
@@ -45,10 +46,10 @@ from replicator.endpoint import (
     Scrub,
     ScrubRequest,
     SendRequest,
+    Taken,
     VolumeListing,
 )
 from replicator.errors import (
-    NoSuchVolume,
     NotReadable,
     ReplicatorError,
     SnapshotHeld,
@@ -245,36 +246,18 @@ class ZfsBackend(OneByOne):
     # -- versions
 
     def snapshot(self, volumes: tuple[str, ...], name: str) -> tuple[Version, ...]:
-        """See :class:`~backends.base.Backend`. One command: all of them in one transaction, or none."""
-        context = self._context
-        wanted = [context.names.snapshot(volume, name) for volume in volumes]
-        there = self._named(wanted)
-        missing = [snapshot for snapshot in wanted if snapshot not in there]
-        if missing:
-            self._check_may_snapshot(volumes)
-            context.library.snapshot(missing)
-            there |= self._named(missing)
-        return tuple(there[snapshot] for snapshot in wanted)
+        """See :class:`~backends.base.Backend`. All that can be, in one transaction."""
+        return tuple(taken.get() for taken in snapshotting.take_each([(self._context, volumes)], name))
 
-    def _named(self, snapshots: list[str]) -> dict[str, Version]:
-        """Those of these snapshots that exist."""
-        if not snapshots:
-            return {}
-        columns = ("name", "type", "guid", "createtxg", "creation", "volsize")
-        argv = ("zfs", "list", "-H", "-p", "-t", "snapshot", "-o", ",".join(columns), *snapshots)
-        done = self._context.attempt(*argv, deadline=LIST_DEADLINE)
-        rows = list(parse(done.output, columns))
-        return dict(zip((row.name for row in rows), versions_of(rows, {}), strict=True))
+    @property
+    def pool(self) -> str:
+        """See :class:`~backends.base.Backend`."""
+        return f"zfs {self._context.names.pool}"
 
-    def _check_may_snapshot(self, volumes: tuple[str, ...]) -> None:
-        known = {volume: dataset for volume, dataset in self._context.listing.all()[0]}
-        for volume in volumes:
-            dataset = known.get(volume)
-            if dataset is None:
-                raise NoSuchVolume(
-                    f"there is no volume {self.name}:{volume}",
-                    hint=f"zfs list -r {self._context.names.root} lists the datasets of the storage",
-                )
+    def snapshot_each(self, parts: Sequence[tuple[Backend, tuple[str, ...]]], name: str) -> tuple[Taken, ...]:
+        """See :class:`~backends.base.Backend`. One transaction for all storages of the pool."""
+        contexts = [(part._context, volumes) for part, volumes in parts if isinstance(part, ZfsBackend)]
+        return snapshotting.take_each(contexts, name)
 
     def destroy(self, volume: str, version: VersionRef) -> None:
         """See :class:`~backends.base.Backend`."""
@@ -377,7 +360,7 @@ class ZfsBackend(OneByOne):
         kept = None
         if own and (dataset.written > 0 or not dataset.snapshots):
             context.library.snapshot([snapshot])
-            kept = self._named([snapshot])[snapshot].ref
+            kept = snapshotting.named(context, [snapshot])[snapshot].ref
         if lineage is not None and lineage.role is Role.PRIMARY:
             self.set_lineage(volume, Lineage(lineage.uuid, Role.REPLICA, lineage.epoch))
         return kept

@@ -58,15 +58,20 @@ class BindingLibrary:
 
     def snapshot(self, snapshots: Sequence[str]) -> None:
         """See :class:`~backends.zfs.library.Library`."""
+        for error in self.try_snapshot(snapshots).values():
+            raise error
+
+    def try_snapshot(self, snapshots: Sequence[str]) -> dict[str, ReplicatorError]:
+        """See :class:`~backends.zfs.library.Library`."""
         if not snapshots:
-            return
+            return {}
         try:
             answer = self._ask(CHANGE_DEADLINE, call="snapshot", names=list(snapshots))
         except WorkerLost:
-            self._instead.snapshot(snapshots)
-            return
-        for name, _, said in _failed(answer):
-            raise self._failure(said, name or snapshots[0], "taking the snapshot")
+            return self._instead.try_snapshot(snapshots)
+        return {
+            name: self._failure(said, name or snapshots[0], "taking the snapshot") for name, _, said in _failed(answer)
+        }
 
     def destroy(self, names: Sequence[str]) -> dict[str, ReplicatorError]:
         """See :class:`~backends.zfs.library.Library`."""

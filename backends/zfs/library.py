@@ -7,15 +7,18 @@ and ``BindingLibrary`` in ``binding.py``. There is no rollback: a replica is put
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from backends.zfs.commands import CHANGE_DEADLINE, Runner
-from backends.zfs.failures import Operation, failure, is_missing
+from backends.zfs.failures import Operation, failure, failure_of, is_missing
 from replicator.errors import ReplicatorError, StorageUnavailable
 
 ESTIMATE_DEADLINE = 30.0
 """Seconds; an estimate that takes longer is none."""
+_NAMED = re.compile(r"^cannot [a-z ]+ '([^']+)'")
+"""How the zfs command tells what it could not do something with."""
 AT_ONCE = 100
 """Snapshots destroyed by one command: it names them in one argument, which the kernel limits to 128 KiB."""
 
@@ -35,6 +38,13 @@ class Library(Protocol):
 
     def snapshot(self, snapshots: Sequence[str]) -> None:
         """Take snapshots of datasets of one pool in one transaction: all or none. :raises SnapshotExists:"""
+
+    def try_snapshot(self, snapshots: Sequence[str]) -> dict[str, ReplicatorError]:
+        """The same.
+
+        :return: {} where all were taken; else what kept all of them from it, by the snapshot or the dataset that is
+            named (a limit may be of one above it), or by "" where none is
+        """
 
     def destroy(self, names: Sequence[str]) -> dict[str, ReplicatorError]:
         """Destroy snapshots and bookmarks of one pool, as many at once as can go; those that are gone are done.
@@ -83,8 +93,21 @@ class CommandLibrary:
 
     def snapshot(self, snapshots: Sequence[str]) -> None:
         """See :class:`Library`."""
-        if snapshots:
-            self._must("zfs", "snapshot", *snapshots, name=snapshots[0], doing="taking the snapshot")
+        for error in self.try_snapshot(snapshots).values():
+            raise error
+
+    def try_snapshot(self, snapshots: Sequence[str]) -> dict[str, ReplicatorError]:
+        """See :class:`Library`."""
+        if not snapshots:
+            return {}
+        done = self._runner.run(("zfs", "snapshot", *snapshots), CHANGE_DEADLINE)
+        if done.status == 0:
+            return {}
+        failed: dict[str, ReplicatorError] = {}
+        for line in done.errors.split("\n"):
+            if (named := _NAMED.search(line)) is not None:
+                failed[named[1]] = failure_of(line.strip(), Operation(self._storage, named[1], "taking the snapshot"))
+        return failed or {"": failure(done, Operation(self._storage, snapshots[0], "taking the snapshot"))}
 
     def destroy(self, names: Sequence[str]) -> dict[str, ReplicatorError]:
         """See :class:`Library`. zfs destroy takes several snapshots of one dataset, and none of them where one cannot

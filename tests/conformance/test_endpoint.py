@@ -24,7 +24,6 @@ from replicator.errors import (
     StaleEpoch,
     StorageUnavailable,
     Unsupported,
-    UsageError,
     VolumeBusy,
 )
 from replicator.model import Capability, Lineage, Role, Version, VersionRef, VolumeId, snapshot_name
@@ -49,8 +48,8 @@ def case(near_or_far: EndpointCase) -> EndpointCase:
 
 
 def take(case: EndpointCase, name: str = "one", volume: VolumeId = SOURCE) -> Version:
-    (version,) = case.endpoint.snapshot(SnapshotRequest((volume,), name))
-    return version
+    (taken,) = case.endpoint.snapshot(SnapshotRequest((volume,), name))
+    return taken.get()
 
 
 def versions(case: EndpointCase, volume: VolumeId = SOURCE) -> tuple[Version, ...]:
@@ -179,15 +178,30 @@ def test_a_replica_or_nothing_is_no_source(case: EndpointCase) -> None:
 def test_snapshots(case: EndpointCase) -> None:
     case.storage.create("other", b"x")
     other = VolumeId("store", "other")
-    made = case.endpoint.snapshot(SnapshotRequest((SOURCE, other), "one"))
+    taken = case.endpoint.snapshot(SnapshotRequest((SOURCE, other), "one"))
+    made = tuple(each.get() for each in taken)
     assert [v.size for v in made] == [SIZE, 1]
-    assert case.endpoint.snapshot(SnapshotRequest((other, SOURCE), "one")) == (made[1], made[0])
+    assert case.endpoint.snapshot(SnapshotRequest((other, SOURCE), "one")) == (taken[1], taken[0])
     assert (versions(case), versions(case, other)) == (made[:1], made[1:])
     assert case.endpoint.snapshot(SnapshotRequest((), "one")) == ()
+    absent = VolumeId("absent", "vm")
+    try:
+        first, gone, second = case.endpoint.snapshot(SnapshotRequest((SOURCE, absent, other), "two"))
+    except NotAuthorized:  # the node does not say what storages it has
+        first, second = case.endpoint.snapshot(SnapshotRequest((SOURCE, other), "two"))
+    else:
+        assert (gone.volume, gone.version) == (absent, None)
+        assert isinstance(gone.error, StorageUnavailable)
+    assert (versions(case)[1:], versions(case, other)[1:]) == ((first.get(),), (second.get(),))
+
+
+def test_a_volume_without_a_snapshot_keeps_nobody_from_theirs(case: EndpointCase) -> None:
+    one, gone = case.endpoint.snapshot(SnapshotRequest((SOURCE, MISSING), "one"))
+    assert versions(case) == (one.get(),)
+    assert (one.volume, gone.volume, gone.version) == (SOURCE, MISSING, None)
+    assert isinstance(gone.error, NoSuchVolume)
     with pytest.raises(NoSuchVolume):
-        case.endpoint.snapshot(SnapshotRequest((MISSING,), "one"))
-    with pytest.raises(UsageError):
-        case.endpoint.snapshot(SnapshotRequest((SOURCE, VolumeId("absent", "vm")), "two"))
+        gone.get()
 
 
 @pytest.mark.parametrize("name", BAD_SNAPSHOTS)

@@ -67,7 +67,7 @@ def sent(case: EndpointCase) -> tuple[Version, Version]:
     case.storage.write(SOURCE.name, 5, b"x" * 9000)
     case.storage.write(SOURCE.name, SIZE - 3, b"end")
     (two,) = case.endpoint.snapshot(SnapshotRequest((SOURCE,), "two"))
-    return one, two
+    return one.get(), two.get()
 
 
 NOW = changed(DATA, [(5, b"x" * 9000), (SIZE - 3, b"end")])
@@ -392,7 +392,7 @@ def test_replicating_into_it(case: EndpointCase) -> None:
     newest = state_of(case).versions[-1]
     case.storage.damage(REPLICA.name, newest, 2 * CHUNK_SIZE, b"bits")
     case.storage.create(REPLICA.name, b"written to")
-    (to,) = source.snapshot(SnapshotRequest((volume,), "three"))
+    to = source.snapshot(SnapshotRequest((volume,), "three"))[0].get()
     done = resync(pair, to, Options(SendPolicy()), observer=lambda _: None, cancel=Cancellation())
     assert done.changed <= SIZE + 100
     check_equal(pair)

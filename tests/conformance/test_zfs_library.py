@@ -9,6 +9,8 @@ import pytest
 from backends.zfs.binding import LibraryChoice, installed
 from backends.zfs.commands import SystemRunner
 from backends.zfs.library import CommandLibrary, Library
+from backends.zfs.listing import Listing
+from backends.zfs.naming import DatasetNames
 from backends.zfs.pool_state import PoolState
 from backends.zfs.workers import Workers
 from replicator.errors import (
@@ -66,6 +68,46 @@ def test_snapshots_are_taken_together_or_not_at_all(store: ZfsCase, library: Lib
         library.snapshot([f"{a}@two", f"{store.root}/nowhere@two"])
     library.snapshot([])
     assert listed(store) == [f"{a}@one", f"{b}@one"]
+
+
+def test_what_keeps_snapshots_from_being_taken_is_named(store: ZfsCase, library: Library) -> None:
+    a, b = store.dataset("a"), store.dataset("b")
+    library.snapshot([f"{b}@one"])
+    told = library.try_snapshot([f"{a}@one", f"{b}@one"])
+    assert list(told) == [f"{b}@one"]
+    assert isinstance(told[f"{b}@one"], SnapshotExists)
+    gone = f"{store.root}/nowhere"
+    assert library.try_snapshot([f"{a}@one", f"{gone}@one"]).keys() <= {gone, f"{gone}@one"}
+    assert library.try_snapshot([f"{a}@one"]) == library.try_snapshot([]) == {}
+    assert listed(store) == [f"{a}@one", f"{b}@one"]
+
+
+def test_a_dataset_that_went_keeps_nobody_from_a_snapshot(store: ZfsCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes between the listing and the snapshot: the listing that is used was made before."""
+    store.create("c", b"3" * 65536)
+    before = Listing(DatasetNames("store", store.root), SystemRunner()).all()
+    monkeypatch.setattr(Listing, "all", lambda _: before)
+    zfs("destroy", store.dataset("b"))
+    a, b, c = store.backend.snapshot_each([(store.backend, ("a", "b", "c"))], "one")
+    assert [a.get().name, c.get().name] == ["one", "one"]
+    assert isinstance(b.error, NoSuchVolume)
+    groups = zfs("list", "-H", "-o", "createtxg", "-t", "snapshot", "-r", store.root).split()
+    assert len(groups) == 2
+    assert len(set(groups)) == 1
+
+
+def test_storages_of_one_pool_share_a_transaction(store: ZfsCase) -> None:
+    other = ZfsCase("other")
+    try:
+        other.create("a", b"1" * 65536)
+        assert other.backend.pool == store.backend.pool == f"zfs {POOL}"
+        parts = [(store.backend, ("a", "b")), (other.backend, ("a", "nowhere"))]
+        taken = store.backend.snapshot_each(parts, "one")
+        assert [each.version is not None for each in taken] == [True, True, True, False]
+        groups = [zfs("list", "-H", "-o", "createtxg", "-t", "snapshot", "-r", case.root) for case in (store, other)]
+        assert len(set("".join(groups).split())) == 1
+    finally:
+        other.close()
 
 
 def test_what_cannot_go_keeps_nothing_else(store: ZfsCase, library: Library) -> None:

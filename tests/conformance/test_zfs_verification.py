@@ -86,7 +86,7 @@ class Site:
     def snapshot(self, name: str) -> Version:
         self.pair.source.ensure_primary(self.pair.source_volume)
         (made,) = self.pair.source.snapshot(SnapshotRequest((self.pair.source_volume,), name))
-        return made
+        return made.get()
 
     def replicate(self, number: int = 1) -> Version:
         """Take a snapshot and bring it over."""

@@ -129,9 +129,9 @@ def test_a_volume_goes_there_and_comes_back_equal(tmp_path: Path) -> None:
     case.create("vm", data)
     with remote_endpoint(tmp_path, LocalEndpoint("one", {"store": case.backend}), BOTH) as remote:
         lineage = remote.ensure_primary(SOURCE)
-        (first,) = remote.snapshot(SnapshotRequest((SOURCE,), "v1"))
+        first = remote.snapshot(SnapshotRequest((SOURCE,), "v1"))[0].get()
         case.write("vm", MIB, b"changed")
-        (second,) = remote.snapshot(SnapshotRequest((SOURCE,), "v2"))
+        second = remote.snapshot(SnapshotRequest((SOURCE,), "v2"))[0].get()
         base = None
         for version in (first, second):
             send = SendRequest(SOURCE, base, version.ref, KEY, lineage=lineage)
@@ -311,7 +311,7 @@ def test_leaving_a_pull_in_the_middle(tmp_path: Path) -> None:
     case = MemoryCase()
     case.create("vm", random.Random(3).randbytes(8 * MIB))
     with remote_endpoint(tmp_path, LocalEndpoint("one", {"store": case.backend}), BOTH) as remote:
-        (version,) = remote.snapshot(SnapshotRequest((SOURCE,), "v1"))
+        version = remote.snapshot(SnapshotRequest((SOURCE,), "v1"))[0].get()
         with remote.send(SendRequest(SOURCE, None, version.ref, KEY), Cancellation()) as stream:
             next(iter(stream))
         digests = remote.digests(DigestRequest(SOURCE, version.ref, KEY), Cancellation())
@@ -324,7 +324,7 @@ def test_cancelling_a_pull(tmp_path: Path) -> None:
     case = MemoryCase()
     case.create("vm", random.Random(3).randbytes(8 * MIB))
     with remote_endpoint(tmp_path, LocalEndpoint("one", {"store": case.backend}), BOTH) as remote:
-        (version,) = remote.snapshot(SnapshotRequest((SOURCE,), "v1"))
+        version = remote.snapshot(SnapshotRequest((SOURCE,), "v1"))[0].get()
         cancel = Cancellation()
         with remote.send(SendRequest(SOURCE, None, version.ref, KEY), cancel) as stream:
             chunks = iter(stream)

@@ -20,6 +20,7 @@ from replicator.endpoint import (
     ScrubRequest,
     SendRequest,
     SnapshotRequest,
+    Taken,
     VolumeListing,
 )
 from replicator.model import Lineage, Property, StorageInfo, Version, VersionRef, VolumeId, VolumeInfo, VolumeState
@@ -111,7 +112,7 @@ class FaultyEndpoint:
         self._fail("ensure_primary", Point.AFTER)
         return lineage
 
-    def snapshot(self, request: SnapshotRequest) -> tuple[Version, ...]:
+    def snapshot(self, request: SnapshotRequest) -> tuple[Taken, ...]:
         self._fail("snapshot", Point.BEFORE)
         made = self._inner.snapshot(request)
         self._fail("snapshot", Point.AFTER)

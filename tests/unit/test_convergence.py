@@ -117,7 +117,7 @@ class Replicating(RuleBasedStateMachine):
         number = next(self.numbers)
         self.now = self.now.replace(microsecond=0) + (at(minutes) - at(0))
         name = f"by-hand-{number}" if foreign else snapshot_name(JOB, self.now)
-        (version,) = self.source.snapshot(SnapshotRequest((SOURCE,), name))
+        version = self.source.snapshot(SnapshotRequest((SOURCE,), name))[0].get()
         self.contents[version.guid] = self.memory.read("vm", version.ref)
         self.unsettle()
 

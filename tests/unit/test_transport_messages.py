@@ -53,6 +53,7 @@ from transport.messages import (
     Fault,
     Listed,
     Request,
+    SnapshotTaken,
     StatesPart,
     decode_answer,
     decode_request,
@@ -132,6 +133,10 @@ def test_every_request_has_a_sample_and_an_answer() -> None:
         (
             StatesPart,
             StatesPart((Listed(VOLUME, None, Fault("no_space", "full", "")), Listed(VOLUME, None, None)), more=True),
+        ),
+        (
+            tuple[SnapshotTaken, ...],
+            (SnapshotTaken(VOLUME, VERSION, None), SnapshotTaken(VOLUME, None, Fault("no_space", "full", "quota"))),
         ),
         (Scrub, SCRUB),
         (Scrub, replace(SCRUB, finished=None, position=None, damaged=())),

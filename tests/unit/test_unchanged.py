@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from backends.memory import MemoryBackend
+from backends.memory import CAPABILITIES, MemoryBackend
 from replicator import config, tidying
 from replicator.cancellation import Cancellation
 from replicator.control import RunReport
-from replicator.endpoint import Endpoint, Head, SnapshotRequest
-from replicator.errors import StorageUnavailable
+from replicator.endpoint import Endpoint, Head, SnapshotRequest, Taken
+from replicator.errors import NoSpace, StorageUnavailable
 from replicator.local import LocalEndpoint
-from replicator.model import Lineage, Progress, Role, Version, VersionKind, VolumeId, snapshot_name
+from replicator.model import Capability, Lineage, Progress, Role, Version, VersionKind, VolumeId, snapshot_name
 from replicator.planning import SendPolicy
 from replicator.replication import Limits
 from replicator.runs import Runner
@@ -280,6 +280,55 @@ def test_when_volumes_that_stand_still_are_looked_at() -> None:
     assert not tidy.has_work(request, None)
 
 
+# -- snapshots of several storages
+
+
+def test_one_bad_volume_stops_nobody_else() -> None:
+    """Of an atomic storage as of others; each is reported by itself."""
+    world = World()
+    taken = world.memory["a"].snapshot
+
+    def refuse(volumes: tuple[str, ...], name: str) -> tuple[Version, ...]:
+        if "vm-2" in volumes:
+            raise NoSpace("vm-2 is at its limit", hint="raise it")
+        return taken(volumes, name)
+
+    world.memory["a"].snapshot = refuse  # type: ignore[method-assign]
+    for capabilities in (CAPABILITIES, CAPABILITIES & ~Capability.ATOMIC_GROUP):
+        world.memory["a"].capabilities = capabilities
+        for volume in VOLUMES:
+            world.memory["a"].write(volume, 0, bytes([capabilities.value % 251]))
+        reports = world.runner.run(world.job, None, None, lambda _: None, Cancellation())
+        assert [(r.outcome, r.steps, r.message) for r in sorted(reports, key=lambda r: r.volume)] == [
+            ("ok", 1, ""), ("failed", 0, "vm-2 is at its limit"), ("ok", 1, "")
+        ]  # fmt: skip
+        world.now += timedelta(minutes=1)
+
+
+def test_all_storages_of_a_job_are_snapshotted_by_one_request() -> None:
+    world = World()
+    second, third = (MemoryBackend(name, checksums=checksum) for name in ("second", "third"))
+    third.capabilities = CAPABILITIES & ~Capability.ATOMIC_GROUP
+    here = LocalEndpoint("a", {"store": world.memory["a"], "second": second, "third": third})
+    requests: list[tuple[str, ...]] = []
+    take = here.snapshot
+
+    def noted(request: SnapshotRequest) -> tuple[Taken, ...]:
+        requests.append(tuple(str(volume) for volume in request.volumes))
+        return take(request)
+
+    here.snapshot = noted  # type: ignore[method-assign]
+    world.endpoints["a"] = Watched(here)
+    for backend in (second, third):
+        for name in ("x", "y"):
+            backend.create(name, b"1")
+    volumes = [VolumeId(s, n) for s in ("second", "third", "absent") for n in "xy"] + [VolumeId("store", "vm-1")]
+    primaries = set(volumes)
+    failed = world.runner.snapshot(world.job, volumes, Cancellation(), primaries)
+    assert requests == [("second:x", "second:y", "store:vm-1"), ("third:x",), ("third:y",)]
+    assert sorted(map(str, failed)) == ["absent:x", "absent:y"]
+
+
 # -- when a replica is settled
 
 PRIMARY = Lineage("6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00", Role.PRIMARY, 3)
@@ -337,4 +386,5 @@ def test_a_bookmark_is_no_newest_snapshot() -> None:
     (head,) = memory.heads(("vm",))
     assert head.newest is not None
     assert head.newest.kind is VersionKind.SNAPSHOT
-    assert LocalEndpoint("a", {"store": memory}).snapshot(SnapshotRequest((VolumeId("store", "vm"),), "one")) == (one,)
+    (taken,) = LocalEndpoint("a", {"store": memory}).snapshot(SnapshotRequest((VolumeId("store", "vm"),), "one"))
+    assert taken.get() == one
