@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -280,6 +281,8 @@ class Engine:
         if common is None:
             return source, ()
         theirs = self._runner.target_prune_request(task, survey.protect, dry_run=True)
+        if survey.plan is not None and survey.plan.renamed is not None:
+            theirs = replace(theirs, volume=survey.plan.renamed)  # it has its new name only once a run has begun
         return source, tuple(o for o in pair.target.prune(theirs) if not o.kept)
 
     # -- running

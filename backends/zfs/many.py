@@ -134,6 +134,8 @@ def _places(context: Context, volumes: Sequence[str]) -> dict[str, str]:
 
 def _head(context: Context, volume: str, row: Row, snapshots: dict[str, Version]) -> Head | None:
     named = row[_NEWEST]
+    if named.partition("@")[0] != row.name:
+        named = properties.UNSET  # a clone with no snapshots of its own: it is its origin that ZFS names
     newest = snapshots.get(named)
     if newest is None and "@" in named:
         return None  # gone since, or of a name that cannot be used

@@ -80,6 +80,7 @@ class Site:
         return f"{self.pool}/in/one/vm"
 
     def close(self) -> None:
+        self.target.close()
         subprocess.run(["zpool", "destroy", "-f", self.pool], capture_output=True, timeout=300, check=False)
         self.case.close()
 

@@ -90,6 +90,7 @@ def test_heads_take_four_commands_whatever_the_number() -> None:
         ({"written": "-"}, True, False),
         ({"receive_resume_token": "1-bad"}, None, None),
         ({"prevsnap": "-"}, True, False),
+        ({"prevsnap": "tank/vm/origin@one"}, True, False),  # a clone with no snapshot of its own
         ({"prevsnap": "tank/vm/a@gone"}, None, None),
         ({"prevsnap": "tank/vm/a@bad\x7fname"}, None, None),
         ({"replicator__role": "boss"}, None, None),
@@ -99,7 +100,8 @@ def test_heads_take_four_commands_whatever_the_number() -> None:
 def test_what_a_head_says(values: dict[str, object], changed: bool | None, partial: bool | None) -> None:
     given = {"type": "volume", "guid": 9, "written": 0, "prevsnap": "tank/vm/a@one", **lineage(9), **values}
     listed = line(HEAD_COLUMNS, "tank/vm/a", **given)
-    store, _ = backend(heads=listed, snapshots=snapshot("tank/vm/a@one", 1))
+    both = (snapshot("tank/vm/a@one", 1), snapshot("tank/vm/origin@one", 2))
+    store, _ = backend(heads=listed, snapshots="\n".join(both))
     found = store.heads(("a",))
     assert [(each.changed, each.partial) for each in found] == ([] if changed is None else [(changed, partial)])
 
