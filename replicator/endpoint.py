@@ -132,6 +132,7 @@ class ReceiveRequest:
     :ivar origin: the volume that ``base`` is a snapshot of, where that is another one: the new volume becomes its clone
         (Capability.ORIGINS)
     :ivar properties: of the source; what this node takes over of them is its own decision (Capability.PROPERTIES)
+    :ivar intermediates: as in the SendRequest: each of the snapshots between base and to is received as well
     """
 
     volume: VolumeId
@@ -146,6 +147,7 @@ class ReceiveRequest:
     aside: str = ""
     origin: VolumeId | None = None
     properties: tuple[Property, ...] = ()
+    intermediates: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -283,7 +283,7 @@ class Capability(Flag):
     RECEIVE = auto()
     BOOKMARKS = auto()
     NATIVE_INTERMEDIATES = auto()
-    """One stream can carry several snapshots (zfs send -I)."""
+    """One stream can carry several snapshots."""
     ATOMIC_GROUP = auto()
     """Snapshots of several volumes at one instant."""
     ATOMIC_SNAPSHOT = auto()

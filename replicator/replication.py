@@ -358,6 +358,7 @@ class Replication:
                     aside=aside,
                     origin=step.clone.target if step.clone is not None else None,
                     properties=self._properties(),
+                    intermediates=step.intermediates,
                 )
                 done = step.resume.offset if step.resume and step.resume.kind is StreamKind.NATIVE else 0
                 total = stream.estimate if stream.estimate is not None else step.estimate

@@ -28,7 +28,7 @@ def heal(context: Context, request: ReceiveRequest, stream: Stream, cancel: Canc
     incoming = IncomingStream(stream)
     cancel.check()
     head = incoming.head()
-    if head.compound or head.resuming or (head.to_guid, head.base_guid) != (version.guid, None):
+    if head.resuming or (head.to_guid, head.base_guid) != (version.guid, None):
         raise ProtocolError(
             f"the stream for healing {label} is not one of {version.name} alone",
             hint="both nodes must run the same version",

@@ -1,7 +1,7 @@
-"""Reads packed nvlists: in native encoding, as resume tokens have them, and in XDR, as the heads of send streams do.
+"""Reads packed nvlists in native encoding, as resume tokens have them.
 
-Format: ``module/nvpair/nvpair.c`` (nvs_native_*, nvs_xdr_*) and ``include/sys/nvpair.h`` of OpenZFS. What is read may
-come from a peer, so every length is checked, and depth and size are bounded.
+Format: ``module/nvpair/nvpair.c`` (nvs_native_*) and ``include/sys/nvpair.h`` of OpenZFS. What is read may come from a
+peer, so every length is checked.
 """
 
 from __future__ import annotations
@@ -10,20 +10,16 @@ import struct
 
 from replicator.errors import ProtocolError
 
-MAX_DEPTH = 8
 _NATIVE = 0
-_XDR = 1
 _PAIR = struct.Struct("<ihhii")
 """Of the native encoding: size of the pair, size of its name with the final zero, reserved, elements, type."""
 
 _BOOLEAN = 1
 _UINT64 = 8
 _STRING = 9
-_UINT64_ARRAY = 16
-_NVLIST = 19
 _BOOLEAN_VALUE = 21
 
-Value = bool | int | str | tuple[int, ...] | dict[str, "Value"] | None
+Value = bool | int | str | None
 """None for what has a type that is not read here."""
 
 
@@ -32,8 +28,6 @@ def unpack(data: bytes) -> dict[str, Value]:
     try:
         if data[0] == _NATIVE:
             return _native(data)
-        if data[0] == _XDR:
-            return _list(data, 4, 0)[0]
     except (struct.error, UnicodeDecodeError, IndexError):
         raise _bad("is cut short") from None
     raise _bad("is in an unknown encoding")
@@ -68,54 +62,10 @@ def _native(data: bytes) -> dict[str, Value]:
         at = end
 
 
-def _list(data: bytes, at: int, depth: int) -> tuple[dict[str, Value], int]:
-    if depth > MAX_DEPTH:
-        raise _bad("is nested too deep")
-    at += 8  # version and flags
-    pairs: dict[str, Value] = {}
-    while True:
-        size, decoded = struct.unpack_from(">II", data, at)
-        if size == 0 and decoded == 0:
-            return pairs, at + 8
-        end = at + size
-        if size < 20 or end > len(data):
-            raise _bad("has a pair of impossible length")
-        name, place = _string(data, at + 8, end)
-        _check_new(name, pairs)
-        kind, count = struct.unpack_from(">II", data, place)
-        pairs[name] = _value(data[:end], place + 8, kind, count, depth)
-        at = end
-
-
 def _check_new(name: str, pairs: dict[str, Value]) -> None:
     """Which of two of a name counts, we and ZFS might see differently."""
     if name in pairs:
         raise _bad(f"has two values called {name[:40]!r}")
-
-
-def _string(data: bytes, at: int, end: int) -> tuple[str, int]:
-    (length,) = struct.unpack_from(">I", data, at)
-    if at + 4 + length > end:
-        raise _bad("has a text of impossible length")
-    return data[at + 4 : at + 4 + length].decode("utf-8"), at + 4 + (length + 3) // 4 * 4
-
-
-def _value(data: bytes, at: int, kind: int, count: int, depth: int) -> Value:
-    if kind == _BOOLEAN:
-        return True
-    if kind == _BOOLEAN_VALUE:
-        return bool(struct.unpack_from(">I", data, at)[0])
-    if kind == _UINT64:
-        return int(struct.unpack_from(">Q", data, at)[0])
-    if kind == _STRING:
-        return _string(data, at, len(data))[0]
-    if kind == _UINT64_ARRAY:
-        if count > (len(data) - at) // 8:
-            raise _bad("has an array of impossible length")
-        return tuple(struct.unpack_from(f">{count}Q", data, at))
-    if kind == _NVLIST:
-        return _list(data, at, depth + 1)[0]
-    return None
 
 
 def _bad(why: str) -> ProtocolError:

@@ -10,15 +10,15 @@ import itertools
 import os
 import selectors
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from backends.zfs.commands import Finished, Process, Runner
 from backends.zfs.failures import Operation, failure
 from backends.zfs.sending import enlarge_pipe
-from backends.zfs.stream_head import StreamHead, head_size, read_head
+from backends.zfs.stream_head import RECORD_SIZE, StreamHead, read_head
 from replicator.cancellation import Cancellation
 from replicator.errors import ProtocolError, ReplicatorError, StorageUnavailable
-from replicator.streams import CHUNK_SIZE, Chunk, NativeChunk, Stream
+from replicator.streams import CHUNK_SIZE, Chunk, NativeChunk
 
 _COMMIT_DEADLINE = 3600.0
 """Seconds between the last byte and the end of the process."""
@@ -28,33 +28,34 @@ _LOOK_AGAIN = 0.2
 
 
 class IncomingStream:
-    """A native stream, whose head can be looked at before anything is done with it."""
+    """A send stream, whose head can be looked at before anything is done with it."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Iterable[Chunk]) -> None:
         self._chunks = iter(stream)
         self._read: list[NativeChunk] = []
 
     def head(self) -> StreamHead:
         """Read as much as it takes. :raises ProtocolError: it is no ZFS stream"""
         start = bytearray()
-        while len(start) < head_size(start):
+        while len(start) < RECORD_SIZE:
             chunk = next(self._chunks, None)
             if chunk is None:
                 raise ProtocolError(
                     f"the stream ended after {len(start)} bytes, before its head did",
                     hint="see the log of the other node",
                 )
-            copy = bytes(_checked(chunk).data)  # its buffer is needed for what comes
+            copy = bytes(checked(chunk).data)  # its buffer is needed for what comes
             chunk.release()
             start += copy
             self._read.append(NativeChunk(copy))
         return read_head(start)
 
     def __iter__(self) -> Iterator[NativeChunk]:
-        return itertools.chain(self._read, map(_checked, self._chunks))
+        return itertools.chain(self._read, map(checked, self._chunks))
 
 
-def _checked(chunk: Chunk) -> NativeChunk:
+def checked(chunk: Chunk) -> NativeChunk:
+    """:raises ProtocolError: it is no chunk of a native stream"""
     if not isinstance(chunk, NativeChunk):
         raise ProtocolError("a chunk of blocks came in a native stream", hint="both nodes must run the same version")
     if not 0 < len(chunk.data) <= CHUNK_SIZE:
@@ -66,7 +67,7 @@ def _checked(chunk: Chunk) -> NativeChunk:
 
 
 def feed(
-    runner: Runner, argv: tuple[str, ...], stream: IncomingStream, operation: Operation, cancel: Cancellation
+    runner: Runner, argv: tuple[str, ...], stream: Iterable[NativeChunk], operation: Operation, cancel: Cancellation
 ) -> None:
     """Run zfs receive on a stream; returns once it has committed.
 
@@ -108,7 +109,7 @@ def _own_failure(done: Finished | None, operation: Operation) -> ReplicatorError
     return failure(done, operation)
 
 
-def _write_all(process: Process, stream: IncomingStream, cancel: Cancellation) -> None:
+def _write_all(process: Process, stream: Iterable[NativeChunk], cancel: Cancellation) -> None:
     held: NativeChunk | None = None
     os.set_blocking(process.pipe, False)  # a process that waits for a suspended pool neither reads nor dies
     with selectors.DefaultSelector() as selector:

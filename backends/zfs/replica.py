@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from backends.zfs import aside, healing, placeholders, properties, taking_over
+from backends.zfs.batches import Batch
 from backends.zfs.context import Context
 from backends.zfs.failures import Operation
 from backends.zfs.listing import Dataset
 from backends.zfs.properties import StreamForm
-from backends.zfs.receiving import IncomingStream, feed
+from backends.zfs.receiving import IncomingStream, checked, feed
 from backends.zfs.stream_head import StreamHead
 from backends.zfs.taking_over import Terms, check_honest, never_taken
 from backends.zfs.tokens import read_token
@@ -29,7 +31,7 @@ from replicator.errors import (
 )
 from replicator.model import Lineage, Role, StreamKind, Version, VersionRef, VolumeState
 from replicator.roles import check_may_receive
-from replicator.streams import Stream
+from replicator.streams import NativeChunk, Stream
 
 
 def receive(
@@ -89,11 +91,14 @@ class _Receive:
         if self._request.origin is not None:
             self._origin = self._context.require(self._request.origin.name)
         there = self._ready(there)
-        incoming = IncomingStream(stream)
         cancel.check()
+        if self._request.intermediates:
+            return self._batch(stream, there, cancel)
+        incoming = IncomingStream(stream)
         head = incoming.head()
-        self._check_head(head, there)
-        form = StreamForm.RAW if head.raw else StreamForm.PLAIN
+        form = self._check_head(head, there)
+        base = self._request.base
+        self._check_step(head, base.guid if base is not None else None, self._request.to.guid)
         if there is not None and not there.is_placeholder:
             self._place = there.name
             self._pin(there, form)
@@ -102,17 +107,43 @@ class _Receive:
             self._place = placeholders.arrival_of(self._dataset)
         else:
             placeholders.make_parents(self._context, self._dataset)
-        feed(self._context.runner, self._argv(head, form, there), incoming, self._operation, cancel)
+        self._feed(head, there, self._request.to.name, incoming, cancel)
+        return self._committed(form)
+
+    def _batch(self, stream: Stream, there: Dataset | None, cancel: Cancellation) -> Version:
+        """Each stream of a batch is a receive of its own: checked like any other, and told what to make."""
+        request = self._request
+        if there is None or request.base is None or request.resume is not None or self._origin is not None:
+            raise ProtocolError(
+                f"{self._label} was to get a batch of snapshots, and does not continue from one of its own",
+                hint="both nodes must run the same version",
+            )
+        self._place = there.name
+        batch = Batch(map(checked, stream))
+        base, last = request.base.guid, False
+        while not last:
+            incoming = IncomingStream(batch.stream())
+            head = incoming.head()
+            form = self._check_head(head, there)
+            last = head.to_guid == request.to.guid
+            self._check_step(head, base, head.to_guid)
+            name = request.to.name if last else head.to_name
+            self._context.names.snapshot(self._volume, name)
+            if there.named(name) is not None:
+                raise SnapshotExists(
+                    f"{self._label} has another snapshot called {name}",
+                    hint="plan again: it is then received under another name",
+                )
+            self._pin(there, form)
+            there = replace(there, lineage=self._lineage, form=form, of=there.guid)
+            self._feed(head, there, name, batch.ending(incoming) if last else incoming, cancel)
+            base = head.to_guid
         return self._committed(form)
 
     def take_over(self) -> tuple[str, ...]:
         """Take over those properties of the source that this storage allows; what could not be, a sentence each."""
         there = self._received
         return () if there is None else taking_over.apply(self._context, there, self._request.properties, self._terms)
-
-    @property
-    def _operation(self) -> Operation:
-        return Operation(self._context.storage, f"{self._dataset}@{self._request.to.name}", "receiving")
 
     def _state(self, there: Dataset) -> VolumeState:
         return VolumeState(self._request.volume, there.volsize, there.versions, there.lineage)
@@ -231,8 +262,8 @@ class _Receive:
 
     # -- the stream
 
-    def _check_head(self, head: StreamHead, there: Dataset | None) -> None:
-        """The stream must be what was asked for: the other node may be of another mind, or another's."""
+    def _check_head(self, head: StreamHead, there: Dataset | None) -> StreamForm:
+        """The stream must be what was asked for: the other node may be of another mind, or another's. Its form."""
         request = self._request
         self._terms.check(head, self._label)
         pinned = there.form if there is not None else None
@@ -251,32 +282,40 @@ class _Receive:
                 "not asked for",
                 hint="both nodes must run the same version",
             )
-        base = request.base.guid if request.base is not None else None
-        if head.compound and (base is None or self._origin is not None):
-            raise ProtocolError(
-                f"the stream for {self._label} is a package, and not one snapshot",
-                hint="both nodes must run the same version",
-            )
-        to = head.to_guid if head.compound else request.to.guid  # a package ends with it, and begins with any
+        return StreamForm.RAW if head.raw else StreamForm.PLAIN
+
+    def _check_step(self, head: StreamHead, base: str | None, to: str) -> None:
         if (head.to_guid, head.base_guid) != (to, base):
             raise ProtocolError(
                 f"the stream for {self._label} brings snapshot {head.to_guid} on {head.base_guid or 'nothing'}, and "
-                f"not {request.to.guid} on {base or 'nothing'}",
+                f"not {to} on {base or 'nothing'}",
                 hint="both nodes must run the same version",
             )
 
-    def _argv(self, head: StreamHead, form: StreamForm, there: Dataset | None) -> tuple[str, ...]:
-        target = self._place if head.compound else f"{self._place}@{self._request.to.name}"
+    def _feed(
+        self,
+        head: StreamHead,
+        there: Dataset | None,
+        name: str,
+        chunks: Iterable[NativeChunk],
+        cancel: Cancellation,
+    ) -> None:
+        """Receive one stream as one snapshot, which is all that zfs receive makes where it is given a name."""
+        operation = Operation(self._context.storage, f"{self._dataset}@{name}", "receiving")
+        feed(self._context.runner, self._argv(head, there, name), chunks, operation, cancel)
+
+    def _argv(self, head: StreamHead, there: Dataset | None, name: str) -> tuple[str, ...]:
         argv = ["zfs", "receive", "-s", "-u", *self._terms.options(head)]
         argv += aside.options(aside.REPLICA_PROPERTIES)
         if not head.is_zvol:
             argv += aside.options(aside.FILESYSTEM_PROPERTIES)
         if there is None or there.is_placeholder:
+            form = StreamForm.RAW if head.raw else StreamForm.PLAIN
             argv += aside.options(properties.settings(self._lineage, form, self._request.to.guid))
         if self._origin is not None and self._request.base is not None:
             base = self._context.snapshot(self._volume, self._origin, self._request.base)
             argv += aside.options((f"origin={self._origin.name}@{base.name}",))
-        return (*argv, target)
+        return (*argv, f"{self._place}@{name}")
 
     def _pin(self, there: Dataset, form: StreamForm) -> None:
         """Note the sender's lineage and the form of its streams, durably, before any data."""
@@ -327,7 +366,7 @@ class _Restore:
         incoming = IncomingStream(stream)
         head = incoming.head()
         check_honest(head, str(request.volume))
-        if head.compound or head.resuming or (head.to_guid, head.base_guid) != (request.to.guid, None):
+        if head.resuming or (head.to_guid, head.base_guid) != (request.to.guid, None):
             raise ProtocolError(f"the stream for {request.volume} is not one of {request.to.name} alone", hint="")
         snapshot = f"{self._dataset}@{request.to.name}"
         settings = [f"{properties.OF}={properties.RESTORING}", *(() if head.is_zvol else aside.FILESYSTEM_PROPERTIES)]

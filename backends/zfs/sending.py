@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from backends.zfs import batches
 from backends.zfs.commands import Process
 from backends.zfs.context import Context
 from backends.zfs.failures import Operation, failure
@@ -72,9 +73,12 @@ class Buffers:
         return NativeChunk(memoryview(buffer)[:size], release)
 
 
-def read_chunks(process: Process, operation: Operation, cancel: Cancellation) -> Iterator[NativeChunk]:
+def read_chunks(
+    process: Process, operation: Operation, cancel: Cancellation, *, room: int = 0
+) -> Iterator[NativeChunk]:
     """The output of a process in chunks, then its success.
 
+    :param room: bytes at the beginning of each chunk that are left free
     :raises StorageError: it failed, and said why
     """
     buffers = Buffers()
@@ -86,10 +90,10 @@ def read_chunks(process: Process, operation: Operation, cancel: Cancellation) ->
                 cancel.check()
                 process.check()
             buffer = buffers.take()
-            size, ended = _fill(process.pipe, buffer, selector)
+            size, ended = _fill(process.pipe, memoryview(buffer)[room:], selector)
             cancel.check()
             if size:
-                yield buffers.chunk(buffer, size)
+                yield buffers.chunk(buffer, room + size)
     process.close_pipe()
     done = process.finish(_END_DEADLINE)
     cancel.check()
@@ -102,14 +106,13 @@ def read_chunks(process: Process, operation: Operation, cancel: Cancellation) ->
         raise failure(done, operation)
 
 
-def _fill(fd: int, buffer: bytearray, selector: selectors.BaseSelector) -> tuple[int, bool]:
+def _fill(fd: int, view: memoryview, selector: selectors.BaseSelector) -> tuple[int, bool]:
     """Read until the buffer is full or what there is has been read for a while; bytes read, and whether it ended."""
-    view = memoryview(buffer)
     size = os.readv(fd, [view])
     if size == 0:
         return 0, True
     until = time.monotonic() + _GATHER
-    while size < len(buffer):
+    while size < len(view):
         left = until - time.monotonic()
         if left <= 0 or not selector.select(left):
             break
@@ -186,30 +189,46 @@ def open_stream(context: Context, request: SendRequest, cancel: Cancellation) ->
             f"{base.name} is not older than {to.name} in {context.names.label(volume)}", hint="plan again"
         )
     total: int | None
+    sender = _Sender(context, dataset, cancel)
     if request.resume is not None:
         arguments = _resumed(request, request.resume, dataset, base, to)
         rest = command_space(context.runner, arguments)
         total = request.resume.offset + rest if rest is not None else None
+        chunks = sender.one(arguments, to)
     else:
-        intermediates = request.intermediates and base is not None and base in dataset.snapshots
-        arguments = argv_of(dataset, base, to, intermediates=intermediates)
-        total = size_of(context, dataset, base, to, intermediates)
-    started: list[Process] = []
-    operation = Operation(context.storage, f"{dataset.name}@{to.name}", "sending")
+        total = size_of(context, dataset, base, to, request.intermediates)
+        chunks = sender.batch(base, to) if request.intermediates else sender.one(argv_of(dataset, base, to), to)
+    return ChunkStream(StreamKind.NATIVE, chunks, estimate=total, on_close=sender.close)
 
-    def chunks() -> Iterator[NativeChunk]:
-        process = context.runner.read_from(("zfs", "send", *arguments))
-        started.append(process)
+
+class _Sender:
+    """Runs zfs send: for one stream, or one after the other for those of a batch."""
+
+    def __init__(self, context: Context, dataset: Dataset, cancel: Cancellation) -> None:
+        self._context = context
+        self._dataset = dataset
+        self._cancel = cancel
+        self._process: Process | None = None
+
+    def one(self, arguments: tuple[str, ...], to: Version, *, room: int = 0) -> Iterator[NativeChunk]:
+        process = self._process = self._context.runner.read_from(("zfs", "send", *arguments))
         enlarge_pipe(process.pipe)
-        yield from read_chunks(process, operation, cancel)
+        operation = Operation(self._context.storage, f"{self._dataset.name}@{to.name}", "sending")
+        yield from read_chunks(process, operation, self._cancel, room=room)
 
-    def close() -> None:
-        for process in started:
-            process.kill()
-            process.close_pipe()
-            process.finish(_KILLED_DEADLINE)
+    def batch(self, base: Version | None, to: Version) -> Iterator[NativeChunk]:
+        begin = base.position if base is not None else -1
+        for snapshot in self._dataset.snapshots:
+            if begin < snapshot.position <= to.position:
+                arguments = argv_of(self._dataset, base, snapshot)
+                yield from batches.pieces(self.one(arguments, snapshot, room=batches.ROOM))
+                base = snapshot
 
-    return ChunkStream(StreamKind.NATIVE, chunks(), estimate=total, on_close=close)
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.close_pipe()
+            self._process.finish(_KILLED_DEADLINE)
 
 
 def _resumed(

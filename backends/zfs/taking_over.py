@@ -1,7 +1,7 @@
 """What a replica has from its source beside the data, and what it has from the receiver alone.
 
 The table of properties, with reasons, is in :mod:`replicator.zfs_properties`. A stream is taken only if it carries
-nothing but one dataset's snapshots: what zfs send -p, -R, -h, -b or --redact put into one is refused, whoever sent it.
+nothing but one snapshot: what zfs send -p, -R, -h, -b or --redact put into one is refused, whoever sent it.
 """
 
 from __future__ import annotations
@@ -69,24 +69,22 @@ class Terms:
 
 def never_taken(head: StreamHead, *, but: Iterable[str] = ()) -> tuple[str, ...]:
     """``-x`` for what must not come from a stream, except what is set anyway. A zvol has none of it, and zfs says so
-    each time; what is in a package is not known before."""
-    if head.is_zvol and not head.compound:
+    each time."""
+    if head.is_zvol:
         return ()
     return tuple(word for name in NEVER if name not in but for word in ("-x", name))
 
 
 def check_honest(head: StreamHead, label: str) -> None:
-    """:raises ProtocolError: the stream has more in it than the snapshots of one dataset, or less"""
+    """:raises ProtocolError: the stream has more in it than a snapshot, or less"""
     what = ""
-    if head.contents:
-        what = f"is a package with {head.contents}"
-    elif head.holds:
+    if head.holds:
         what = "brings holds of another node"
     elif head.redacted:
         what = "is redacted: it leaves out data"
     if what:
         raise ProtocolError(
-            f"the stream for {label} {what}, and not just snapshots of one dataset",
+            f"the stream for {label} {what}, and is not just a snapshot",
             hint="both nodes must run the same version",
         )
 

@@ -113,6 +113,13 @@ def cut(stream: Stream, size: int) -> ChunkStream:
     return altered(stream, change)
 
 
+def batch(case: ZfsCase, base: Version, to: Version, size: int | None = None, **request: object) -> Version:
+    """One step with all snapshots between, which is lost after ``size`` bytes."""
+    stream = opened(case, base, to, intermediates=True)
+    asked_for = asked(base, to, intermediates=True, **request)
+    return receive(case, asked_for, stream if size is None else cut(stream, size))
+
+
 def interrupted(
     case: ZfsCase, base: Version | None, to: Version, size: int = 3 << 20, **request: object
 ) -> ResumeState:
@@ -163,7 +170,7 @@ def test_increments(case: ZfsCase) -> None:
 def test_all_snapshots_between_travel_in_one_stream(case: ZfsCase) -> None:
     one, two, three = make(case, "one", "two", "three")
     replicate(case, None, one)
-    receive(case, asked(one, three, hold=TAG), opened(case, one, three, intermediates=True))
+    batch(case, one, three, hold=TAG)
     assert [(v.guid, v.holds) for v in state(case).versions] == [(one.guid, ()), (two.guid, ()), (three.guid, (TAG,))]
     assert case.read_snapshot(REPLICA.name, two) == case.read_snapshot("vm", two)
 
@@ -325,7 +332,7 @@ def test_a_batch_is_continued_with_the_snapshot_that_was_cut(case: ZfsCase) -> N
     three = take(case, "three")
     replicate(case, None, one)
     with pytest.raises(ConnectionLost):
-        receive(case, asked(one, three), cut(opened(case, one, three, intermediates=True), 3 << 20))
+        batch(case, one, three, 3 << 20)
     found = state(case)
     assert [v.name for v in found.versions] == ["one", "two"]
     resume = found.resume
@@ -527,7 +534,7 @@ def test_encrypted_volumes_travel_raw(case: ZfsCase, tmp_path: Path) -> None:
     replicate(case, two, three, mode=ReceiveMode.REBUILD, aside="diverged-now")
     assert [v.guid for v in state(case).versions] == [one.guid, two.guid, three.guid]
     four, five = take(case, "four"), take(case, "five")
-    receive(case, asked(three, five), opened(case, three, five, intermediates=True))
+    batch(case, three, five)
     assert [v.guid for v in state(case).versions][3:] == [four.guid, five.guid]
 
 

@@ -24,7 +24,7 @@ from replicator.errors import (
     Unsupported,
 )
 from replicator.model import Capability, Lineage, Origin, Property, Role, StreamKind, Version, VolumeId
-from replicator.streams import Chunk, ChunkStream, NativeChunk, Stream
+from replicator.streams import CHUNK_SIZE, Chunk, ChunkStream, NativeChunk, Stream
 from tests.conformance.test_backend_native import (
     DATA,
     OTHER,
@@ -319,7 +319,9 @@ def foreign(case: ZfsCase, command: str) -> Stream:
     """What some other program sends."""
 
     def chunks() -> Iterator[Chunk]:
-        yield NativeChunk(subprocess.run(["sh", "-c", command], capture_output=True, check=True, timeout=60).stdout)
+        sent = subprocess.run(["sh", "-c", command], capture_output=True, check=True, timeout=60).stdout
+        for start in range(0, len(sent), CHUNK_SIZE):
+            yield NativeChunk(sent[start : start + CHUNK_SIZE])
 
     return ChunkStream(StreamKind.NATIVE, chunks())
 
@@ -339,6 +341,27 @@ def test_packages_with_properties_are_refused(case: ZfsCase, options: str) -> No
             receive(case, into, foreign(case, f"zfs send {options} {increment} {vm}@two"))
     assert [v.guid for v in state(case).versions] == [one.guid]
     assert value(case, "compression") != "gzip"
+
+
+def test_a_package_of_snapshots_is_refused(case: ZfsCase) -> None:
+    one, _, three = make(case, "one", "two", "three")
+    replicate(case, None, one)
+    for batch in (False, True):
+        with pytest.raises(ProtocolError):
+            into = asked(one, three, intermediates=batch)
+            receive(case, into, foreign(case, f"zfs send -I @one {case.dataset('vm')}@three"))
+    assert [v.guid for v in state(case).versions] == [one.guid]
+
+
+def test_what_follows_a_stream_is_not_received(case: ZfsCase) -> None:
+    one, two = make(case, "one", "two")
+    case.create("other", DATA)
+    other, vm = take(case, "one", "other"), case.dataset("vm")
+    for base, to, options in ((None, one, f"{vm}@one"), (one, two, f"-i @one {vm}@two")):
+        more = f"zfs send {case.dataset('other')}@{other.name}; zfs send -I @one {vm}@two"
+        receive(case, asked(base, to), foreign(case, f"zfs send {options}; {more}"))
+    assert [v.guid for v in state(case).versions] == [one.guid, two.guid]
+    assert [v.id.name for v in case.backend.volumes()] == ["other", REPLICA.name, "vm"]
 
 
 def test_a_redacted_stream_is_refused(case: ZfsCase) -> None:

@@ -35,33 +35,6 @@ def native_nvlist(pairs: Values, *more: Values) -> bytes:
     return bytes(out + b"\0\0\0\0")
 
 
-Nested = dict[str, "int | str | Nested"]
-
-
-def _xdr_text(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack(">I", len(data)) + data.ljust((len(data) + 3) // 4 * 4, b"\0")
-
-
-def _xdr_pairs(pairs: Nested) -> bytes:
-    out = struct.pack(">II", 0, 1)
-    for name, value in pairs.items():
-        if isinstance(value, int):
-            kind, data = 8, struct.pack(">Q", value)
-        elif isinstance(value, str):
-            kind, data = 9, _xdr_text(value)
-        else:
-            kind, data = 19, _xdr_pairs(value)
-        body = _xdr_text(name) + struct.pack(">II", kind, 1) + data
-        out += struct.pack(">II", len(body) + 8, len(body) + 64) + body
-    return out + bytes(8)
-
-
-def package(*datasets: Nested) -> bytes:
-    """The payload of a package's head: what zfs send -R and -p write of each dataset."""
-    return b"\1\1\0\0" + _xdr_pairs({"fromsnap": "a", "fss": {f"0x{n:x}": d for n, d in enumerate(datasets)}})
-
-
 def make_token(*more: Values, **values: int | str | bool | None) -> str:
     """A resume token."""
     plain = native_nvlist(values, *more)
@@ -74,23 +47,22 @@ def make_head(
     to_guid: int,
     base_guid: int = 0,
     *,
-    payload: bytes | None = None,
+    name: str = "",
+    form: int = 1,
     features: int = 0,
     zvol: bool = True,
     order: str = "<",
 ) -> bytes:
-    """The first record of a send stream; with a payload (of zfs send -I: an empty one) that of a package."""
-    version = (1 if payload is None else 2) | features << 2
-    payload = payload or b""
-    kind = 3 if zvol else 2
+    """The first record of a send stream.
+
+    :param form: 1 for one stream, 2 for a package
+    """
+    version = form | features << 2
     head = struct.pack(
-        f"{order}IIQQQIIQQ", 0, len(payload), 0x2F5BACBAC, version, 1700000000, kind, 0, to_guid, base_guid
+        f"{order}IIQQQIIQQ256s",
+        *(0, 0, 0x2F5BACBAC, version, 1700000000, 3 if zvol else 2, 0, to_guid, base_guid, name.encode()),
     )
-    head = head.ljust(312, b"\0") + payload
-    if version & 3 == 1:
-        return head
-    end = struct.pack(f"{order}II", 5, 0).ljust(312, b"\0")
-    return head + end + make_head(to_guid, base_guid, features=features, zvol=zvol, order=order)
+    return head.ljust(312, b"\0")
 
 
 def row(name: str, kind: str = "volume", **values: object) -> str:

@@ -15,7 +15,7 @@ from backends.zfs.listing import Listing, parse
 from backends.zfs.naming import DatasetNames
 from backends.zfs.nvlists import unpack
 from backends.zfs.properties import StreamForm
-from backends.zfs.stream_head import StreamHead, head_size, read_head
+from backends.zfs.stream_head import StreamHead, read_head
 from backends.zfs.tokens import read_token
 from replicator.errors import (
     ChecksumMismatch,
@@ -37,7 +37,7 @@ from replicator.errors import (
     VolumeChanged,
 )
 from replicator.model import Lineage, Role, VersionKind
-from tests.support.zfs_records import RecordedRunner, failed, make_head, make_token, native_nvlist, package, row
+from tests.support.zfs_records import RecordedRunner, failed, make_head, make_token, native_nvlist, row
 
 NAMES = DatasetNames("store", "tank/vm")
 UUID = "6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00"
@@ -96,31 +96,27 @@ def test_no_damage_breaks_the_reader(place: int, damage: bytes) -> None:
 
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_a_head_says_what_the_stream_is(order: str) -> None:
-    head = read_head(make_head(GUID, 7, features=1 << 24, order=order) + b"more")
-    assert head == StreamHead(False, True, False, True, str(GUID), "7")
-    one = package({"name": "tank/vm/a", "snaps": {"one": 1, "two": 2}})
-    data = make_head(GUID, 7, payload=one, features=1 << 24, zvol=False, order=order)
-    assert read_head(data) == StreamHead(True, True, False, False, str(GUID), "7")
-    assert head_size(data[:312]) == len(data)
-    with pytest.raises(ProtocolError):
-        read_head(data[:-20])
+    head = read_head(make_head(GUID, 7, name="tank/vm/a@two", features=1 << 24, order=order) + b"more")
+    assert head == StreamHead(True, False, True, str(GUID), "7", "two")
+    assert read_head(make_head(1, zvol=False, order=order)) == StreamHead(False, False, False, "1", None)
+    assert read_head(make_head(1, features=1 << 20, order=order)).resuming
+    assert read_head(make_head(1, features=1 << 21, order=order)).redacted
+    assert read_head(make_head(1, features=1 << 26, order=order)).holds
 
 
-def test_a_package_says_what_is_in_it() -> None:
-    head = read_head(make_head(1, payload=b""))
-    assert (head.compound, head.contents, head.redacted, head.holds) == (True, "", False, False)
-    for listed, contents in (
-        ([{"name": "a"}, {"name": "b", "props": {"mountpoint": "/"}}], "2 datasets and props"),
-        ([{"name": "a", "snapholds": {"one": {"tag": 1}}}], "1 dataset and snapholds"),
-        ([{"name": "a", "snapprops": {"one": {"a:b": "c"}}}], "1 dataset and snapprops"),
-        ([{"name": "a", "props": {}, "snapprops": {"one": {}}}], ""),
-    ):
-        assert read_head(make_head(1, payload=package(*listed))).contents == contents
-    assert read_head(make_head(1, features=1 << 21)).redacted
-    assert read_head(make_head(1, features=1 << 26)).holds
-    assert read_head(make_head(1, payload=b"", features=1 << 26)).holds
-    with pytest.raises(ProtocolError):
-        head_size(make_head(1)[:4] + b"\xff\xff\xff\xff" + make_head(1)[8:])
+@pytest.mark.parametrize(
+    ("name", "snapshot"),
+    [("", ""), ("a", ""), ("a@b@c", "b@c"), ("a@b\0@c", "b"), ("@", ""), ("a@" + "b" * 300, "b" * 254)],
+)
+def test_what_a_head_calls_its_snapshot(name: str, snapshot: str) -> None:
+    assert read_head(make_head(1, name=name)).to_name == snapshot
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("form", [0, 2, 3])
+def test_all_but_one_stream_is_a_package_for_libzfs(form: int, order: str) -> None:
+    with pytest.raises(ProtocolError, match="package"):
+        read_head(make_head(1, form=form, order=order) + make_head(1, order=order))
 
 
 @pytest.mark.parametrize("wrong", [b"", b"\0" * 311, b"\0" * 312, b"\xff" * 400, b"\1" + make_head(1)[1:]])
