@@ -23,6 +23,10 @@ MAX_ERRORS = 16 << 10
 """Bytes kept of what a command says about its failure."""
 _LOOK_AGAIN = 1.0
 """Seconds between two looks at whether there is any point in waiting."""
+_LOOK_AGAIN_AT_END = 0.2
+"""Seconds between two looks at whether a process has ended whose error output has not."""
+_READS = 16
+"""Portions of words that are read at once, so that no talkative process keeps us from all else."""
 _KILL_DEADLINE = 2.0
 """A process that waits for a suspended pool cannot be killed; it is left behind after so many seconds."""
 _ENVIRONMENT = {
@@ -64,7 +68,7 @@ class Process(Protocol):
         """End it now, without waiting."""
 
     def check(self) -> None:
-        """:raises StorageUnavailable: there is no point in waiting for it"""
+        """Asked while it is waited for. :raises StorageUnavailable: there is no point in that"""
 
 
 class Runner(Protocol):
@@ -89,17 +93,24 @@ class SystemProcess:
     def __init__(self, argv: tuple[str, ...], check: Callable[[], None], *, reading: bool) -> None:
         check()
         self._argv = argv
-        self.check = check
+        self._check = check
+        self._said = b""
         self._process = _start(
             argv,
             stdin=subprocess.DEVNULL if reading else subprocess.PIPE,
             stdout=subprocess.PIPE if reading else subprocess.DEVNULL,
         )
         self._pipe = _piped(self._process.stdout if reading else self._process.stdin)
+        self._errors = _piped(self._process.stderr)
+        os.set_blocking(self._errors.fileno(), False)
 
     @property
     def pipe(self) -> int:
         return self._pipe.fileno()
+
+    def check(self) -> None:
+        self._listen()
+        self._check()
 
     def close_pipe(self) -> None:
         with contextlib.suppress(OSError):
@@ -110,20 +121,41 @@ class SystemProcess:
             self._process.kill()
 
     def finish(self, deadline: float) -> Finished | None:
-        """The error output is read after the end: what a zfs command says fits the pipe's buffer many times over, and
-        what does not fit is not read, so that no talkative process can fill the memory."""
-        try:
-            status = self._process.wait(deadline)
-        except subprocess.TimeoutExpired:
-            return None
-        errors = _piped(self._process.stderr)
-        said = b""
-        if not errors.closed:
-            os.set_blocking(errors.fileno(), False)
-            said = errors.read(MAX_ERRORS) or b""
-            errors.close()
+        until = time.monotonic() + deadline
+        while self._process.poll() is None:
+            left = until - time.monotonic()
+            if left <= 0:
+                return None
+            if not self._errors.closed:
+                self._wait_for_words(min(left, _LOOK_AGAIN_AT_END))
+                self._listen()
+            else:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(left)
+        self._listen()
+        self._errors.close()
         self.close_pipe()
-        return Finished(self._argv, status, "", _text(said).strip())
+        return Finished(self._argv, self._process.returncode, "", _text(self._said).strip())
+
+    def _wait_for_words(self, deadline: float) -> None:
+        """Or for their end: that of the process, but for a child that lives on."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._errors, selectors.EVENT_READ)
+            selector.select(deadline)
+
+    def _listen(self) -> None:
+        """Read what it has said so far: one that nobody listens to stands still once the pipe is full. Of a talkative
+        one the end is kept, which says why it failed."""
+        for _ in range(_READS):
+            if self._errors.closed:
+                return
+            try:
+                piece = os.read(self._errors.fileno(), MAX_ERRORS)
+            except BlockingIOError:
+                return
+            if not piece:
+                self._errors.close()
+            self._said = (self._said + piece)[-MAX_ERRORS:]
 
 
 class SystemRunner:

@@ -189,10 +189,10 @@ def is_missing(finished: Finished) -> bool:
 
 
 def words(finished: Finished) -> str:
-    """zfs's own words on one line, without usage texts."""
+    """zfs's own words on one line, without usage texts. Of many the last, as warnings come before what they end in."""
     said = " ".join(finished.errors.split("usage:")[0].split())
     if not said:
         if finished.status < 0:
             return f"the command was ended by signal {-finished.status}"
         return f"exit status {finished.status}, without a word"
-    return said if len(said) <= MAX_SHOWN else said[: MAX_SHOWN - 3] + "..."
+    return said if len(said) <= MAX_SHOWN else "..." + said[3 - MAX_SHOWN :]

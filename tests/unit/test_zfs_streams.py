@@ -67,6 +67,26 @@ def test_a_command_that_is_not_installed() -> None:
     assert "apt install zfsutils-linux" in caught.value.hint
 
 
+TALK = "head -c 100000 /dev/zero | tr '\\0' w >&2; echo >&2"
+"""More than fits a pipe."""
+
+
+def test_a_talkative_process_is_listened_to_while_it_runs(tmp_path: Path) -> None:
+    many = [NativeChunk(pattern(CHUNK_SIZE))] * 3
+    fed(f"head -c 500000 > {tmp_path}/a; {TALK}; cat > {tmp_path}/b; {TALK}", incoming(NativeChunk(HEAD), *many))
+    assert sum((tmp_path / name).stat().st_size for name in "ab") == len(HEAD) + 3 * CHUNK_SIZE
+    assert sum(len(chunk.data) for chunk in sent(f"{TALK}; echo data; {TALK}; echo data; {TALK}")) == 10
+
+
+def test_what_a_talkative_process_says_at_its_end_counts() -> None:
+    with pytest.raises(NoSpace):
+        fed(f"cat > /dev/null; {TALK}; echo 'cannot receive: out of space' >&2; exit 1", incoming(NativeChunk(HEAD)))
+    process = RUNNER.read_from(shell(f"{TALK}; echo last >&2"))
+    done = process.finish(30)
+    assert done is not None
+    assert (len(done.errors) <= commands.MAX_ERRORS, done.errors[-6:]) == (True, "w\nlast")
+
+
 # -- sending
 
 
