@@ -9,7 +9,7 @@ from typing import Protocol, TypeGuard
 from replicator import native_verification, verification
 from replicator.cancellation import Cancellation
 from replicator.control import Listener, Note
-from replicator.errors import NoSuchSnapshot, Unsupported
+from replicator.errors import NoSuchSnapshot, ReplicatorError, Unsupported
 from replicator.model import Capability, Progress, Role, StreamKind, VerifyBy, Version, VolumeId, VolumeState
 from replicator.planning import newest_common
 from replicator.rejoining import Manner, manner, rejoin, sent_whole
@@ -158,18 +158,25 @@ class Mender:
                 found = verification.verify(pair, options, observer=observer, cancel=cancel, snapshot=snapshot)
             if repair and not found.equal:
                 listen(Note(f"mending {found.snapshot} of {task.key.volume} on {task.key.target}"))
-                if native:
-                    found = native_verification.repair(
-                        pair, found, options, observer=observer, cancel=cancel,
-                        renew=lambda: self._renew(task, observer, cancel),
-                    )  # fmt: skip
-                else:
-                    found = verification.repair(pair, found, options, observer=observer, cancel=cancel)
+                try:
+                    if native:
+                        found = native_verification.repair(
+                            pair, found, options, observer=observer, cancel=cancel,
+                            renew=lambda: self._renew(task, observer, cancel),
+                        )  # fmt: skip
+                    else:
+                        found = verification.repair(pair, found, options, observer=observer, cancel=cancel)
+                except ReplicatorError:
+                    self._verified(task, found)  # what was found stays found
+                    raise
+        self._verified(task, found)
+        listen(found)
+        return found
+
+    def _verified(self, task: Task, found: Verification) -> None:
         differs = not found.equal and not found.repaired
         self._runner.tracker.recall(task.key, mismatch=Mismatch(found.snapshot, found.differing) if differs else None)
         self._results.verified(found, task.job.name)
-        listen(found)
-        return found
 
     def _renew(self, task: Task, observer: Observer, cancel: Cancellation) -> None:
         """Take a snapshot and bring it over, in a task that is ours already."""

@@ -25,7 +25,7 @@ from replicator.endpoint import (
     ScrubRequest,
     SendRequest,
 )
-from replicator.errors import NotReadable, StorageError
+from replicator.errors import NotReadable, StorageError, Unsupported
 from replicator.manifest import records
 from replicator.manifest_comparison import FileDifference, Tally, compare_manifests
 from replicator.model import StreamKind, VerifyBy, Version, VolumeId, VolumeState, verify_tag
@@ -363,7 +363,11 @@ def repair(
         with watchdog.watching("the source was read", options.limits.prepare), pair.source.send(send, part) as inner:
             meter = Meter(pair, f"healing {mine.name}", total=inner.estimate, observer=observer, outcome=outcome)
             with ObservedStream(inner, meter, watchdog, options, part) as stream:
-                pair.target.receive(receive, stream, part)
+                try:
+                    pair.target.receive(receive, stream, part)
+                except Unsupported as error:
+                    hint = f"{_send_anew(pair)}; or {error.hint}" if error.hint else _send_anew(pair)
+                    raise Unsupported(error.message, hint=hint) from error
             meter.finish()
     renew()
     scrub = found.method is Method.SCRUB
@@ -379,7 +383,14 @@ def repair(
         again,
         notes=(
             *again.notes,
-            f"healing was tried and did not help: rename the replica on {pair.target.node} aside (zfs rename) and sync "
-            "its job, which sends everything",
+            f"healing was tried and did not help: {_send_anew(pair)}",
         ),
+    )
+
+
+def _send_anew(pair: Pair) -> str:
+    """The way out where nothing can be mended in its place."""
+    return (
+        f"`replicator resync {pair.source_volume} --target {pair.target_text} --full` keeps the whole replica aside "
+        "there as …-diverged-<time> and sends everything anew; it says what that costs, and asks"
     )

@@ -104,7 +104,8 @@ _RULES = (
         r"IV set guid|raw (stream|send)|encrypted (stream|dataset|data)|unencrypted|non-encrypted|"
         r"encryption propert|inconsistent with.*encrypt",
         Unsupported,
-        "raw and plain streams of one replica cannot be mixed: make the replica anew with `replicator resync`",
+        "raw and plain streams of one replica cannot be mixed: `replicator resync VOLUME --full` keeps the replica "
+        "aside and sends everything anew",
     ),
     _rule(
         r"unsupported (feature|stream)|feature.*not (supported|enabled)|must be upgraded|upgrade",
@@ -152,7 +153,8 @@ _RULES = (
     _rule(
         r"input/output error|I/O error|\bEIO\b|invalid exchange|bad (data|checksum)|errors? on a device",
         DamagedData,
-        "see `zpool status -v`, and scrub the pool; a damaged snapshot is mended with `replicator resync`",
+        "see `zpool status -v`, and scrub the pool; a damaged replica is made right by `replicator verify VOLUME "
+        "--repair` or `replicator resync VOLUME --full`, a damaged source from a replica by `replicator restore`",
     ),
     _rule(
         r"invalid character|name is too long|too long|invalid (dataset |snapshot )?name",

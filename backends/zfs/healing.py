@@ -36,7 +36,7 @@ def heal(context: Context, request: ReceiveRequest, stream: Stream, cancel: Canc
     if (dataset.default_form is StreamForm.RAW) != head.raw:
         raise Unsupported(
             f"{label} was received as {dataset.default_form} streams, and cannot be healed by one of the other form",
-            hint="make the replica anew",
+            hint="",
         )
     name = f"{dataset.name}@{version.name}"
     try:
@@ -51,8 +51,7 @@ def heal(context: Context, request: ReceiveRequest, stream: Stream, cancel: Canc
         if "invalid option 'c'" in str(error):
             raise Unsupported(
                 f"storage {context.storage} has an OpenZFS older than 2.2, which cannot heal a damaged snapshot",
-                hint=f"make the replica anew: rename it on the target, `zfs rename {dataset.name} "
-                f"{dataset.name}-damaged`, then sync its job, which sends everything; or upgrade OpenZFS there",
+                hint="upgrade OpenZFS there",
             ) from error
         raise
     return version

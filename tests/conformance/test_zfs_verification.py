@@ -21,11 +21,13 @@ from backends.zfs import ZfsBackend
 from backends.zfs.clones import MARK
 from replicator import native_verification
 from replicator.cancellation import Cancellation
+from replicator.cli.replicate import resync
 from replicator.endpoint import Range, SnapshotRequest
 from replicator.errors import NoSuchSnapshot, NotReadable, Unsupported
 from replicator.local import LocalEndpoint
 from replicator.model import VerifyBy, Version, VolumeId
 from replicator.planning import Intermediates, SendPolicy
+from replicator.rejoining import rejoin
 from replicator.replication import Options, Pair, Replication
 from replicator.streams import BLOCK_SIZE
 from replicator.verification import Method, Verification
@@ -260,13 +262,26 @@ def check_repair(site: Site, found: Verification) -> None:
     else:
         with pytest.raises(Unsupported, match=r"older than 2\.2") as raised:
             site.repair(found)
-        command = re.search(r"`zfs (rename [^`]*)`", raised.value.hint)
-        assert command is not None
-        zfs(*command[1].split())
-        Replication(site.pair, site.options, observer=print, cancel=Cancellation()).run()
+        follow(site, raised.value.hint)
     again = site.verify()
     assert again.equal, (again.files, again.problems, again.ranges)
     site.nothing_is_left()
+
+
+def follow(site: Site, hint: str) -> None:
+    """Do what a hint names, as the command line would."""
+    command = re.search(r"`replicator resync ([^`]*)`", hint)
+    assert command is not None, hint
+    given = resync.make_context("resync", command[1].split()).params
+    assert (given["volume"], given["target"]) == (str(site.pair.source_volume), site.pair.target_text)
+    damaged = [version.guid for version in site.snapshots()]
+    to = site.snapshot("replicator_vms_20260101T000009.000Z")
+    done = rejoin(site.pair, to, site.options, observer=print, cancel=Cancellation(), anew=given["full"])
+    assert done.made_equal
+    kept = done.aside[0].partition(":")[2]
+    listed = zfs("list", "-H", "-p", "-d1", "-t", "snapshot", "-o", "guid", f"{site.pool}/in/{kept}").split()
+    assert set(damaged) <= set(listed), "nothing is lost"
+    assert not {version.guid for version in site.snapshots()} & set(damaged)
 
 
 # -- filesystems

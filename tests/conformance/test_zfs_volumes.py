@@ -268,6 +268,35 @@ def test_a_volume_brought_back_from_its_replica_continues(world: World) -> None:
     world.check_common("vm")
 
 
+def test_a_full_resync_keeps_the_whole_replica_and_sends_everything(world: World) -> None:
+    zfs("create", f"{world.source}/top")
+    world.zvol("top/below")
+    world.sync_well()
+    world.sync_well()
+    old, below = world.guids(f"{world.target}/top"), world.guids(f"{world.target}/top/below")
+    effects = world.resync("top", full=True)
+    assert any("all of" in effect and "everything is sent anew" in effect for effect in effects), effects
+    kept = next(name for name in world.replicas() if name.startswith("top-diverged-"))
+    assert set(old) <= set(world.guids(f"{world.target}/{kept}"))
+    assert not set(old) & set(world.guids(f"{world.target}/top"))
+    assert world.guids(f"{world.target}/top/below") == below, "what is below is a volume of its own"
+    world.check_common("top")
+    world.write("top/below", 0, b"more")
+    world.sync_well()
+    world.check_common("top/below")
+
+
+def test_a_damaged_replica_that_was_renamed_is_not_continued_by_a_resync(world: World) -> None:
+    world.zvol("vm")
+    world.sync_well()
+    old = world.guids(f"{world.target}/vm")
+    zfs("rename", f"{world.target}/vm", f"{world.target}/vm-damaged")
+    effects = world.resync("vm", full=True)
+    assert any("vm-damaged becomes" in effect for effect in effects), effects
+    assert not set(old) & set(world.guids(f"{world.target}/vm"))
+    assert [name for name in world.replicas() if "damaged" in name] == []
+
+
 def test_a_promotion_that_takes_the_common_snapshot_away(world: World) -> None:
     world.zvol("vm")
     world.sync_well()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -28,7 +30,8 @@ from replicator.endpoint import (
     ScrubRequest,
     SendRequest,
 )
-from replicator.errors import NoSuchSnapshot, NotReadable, ReplicatorError, StorageError
+from replicator.errors import NoSuchSnapshot, NotReadable, ReplicatorError, StorageError, Unsupported
+from replicator.mending import Mender, Results
 from replicator.model import (
     Capability,
     Lineage,
@@ -43,8 +46,11 @@ from replicator.model import (
 )
 from replicator.planning import SendPolicy
 from replicator.replication import Options, Pair
+from replicator.runs import Runner, Task
+from replicator.settings import Job
 from replicator.streams import BLOCK_SIZE, ChunkStream, NativeChunk, Stream
-from replicator.verification import Method, Verification
+from replicator.tracker import ReplicaKey, Tracker
+from replicator.verification import Method, Mismatch, Verification
 from tests.support.zfs_records import RecordedRunner, failed, row
 from transport import checksum
 
@@ -376,6 +382,9 @@ def repair(sides: tuple[Side, Side], found: Verification) -> Verification:
     )
 
 
+WAY_OUT = "`replicator resync tank:a --target two:backup --full` keeps the whole replica aside"
+
+
 def test_repair_counts_only_once_the_data_was_read_again(sides: tuple[Side, Side]) -> None:
     good, target = sides[1].folder, sides[1]
     target.folder = other(good)
@@ -393,6 +402,38 @@ def test_repair_that_does_not_help_says_so(sides: tuple[Side, Side]) -> None:
     assert not found.repaired
     assert not found.equal
     assert "did not help" in found.notes[-1]
+    assert WAY_OUT in found.notes[-1]
+
+
+def test_repair_by_a_storage_that_cannot_heal_names_what_helps(sides: tuple[Side, Side]) -> None:
+    def refuse() -> None:
+        raise Unsupported("an old OpenZFS", hint="upgrade it")
+
+    sides[1].folder = other(sides[1].folder)
+    sides[1].heal = refuse
+    with pytest.raises(Unsupported, match="an old OpenZFS") as raised:
+        repair(sides, verify(sides))
+    assert WAY_OUT in raised.value.hint
+    assert raised.value.hint.endswith("; or upgrade it")
+
+
+def test_what_was_found_stays_known_where_a_repair_fails(sides: tuple[Side, Side]) -> None:
+    def refuse() -> None:
+        raise Unsupported("an old OpenZFS", hint="upgrade it")
+
+    sides[1].folder = other(sides[1].folder)
+    sides[1].heal = refuse
+    pair, tracker, told = pair_of(sides), Tracker(), []
+    runner = SimpleNamespace(
+        tracker=tracker, options=lambda _: Options(SendPolicy()), exclusive=lambda *_: nullcontext()
+    )
+    results = SimpleNamespace(verified=lambda found, _job: told.append(found))
+    job = SimpleNamespace(name="vms", verify_by=VerifyBy.AUTO)
+    task = Task(cast(Job, job), ReplicaKey("vms", "tank:a", "two:backup"), pair, "two")
+    with pytest.raises(Unsupported):
+        Mender(cast(Runner, runner), cast(Results, results)).verify(task, None, True, lambda _: None, Cancellation())
+    (found,) = told
+    assert tracker.get(task.key).mismatch == Mismatch("v3", found.differing)
 
 
 # -- blocks that cannot be read
