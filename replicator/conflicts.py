@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from replicator.errors import ConflictError
-from replicator.model import Capability, Origin, StorageInfo, StreamKind, Version, VolumeId
+from replicator.model import Capability, Form, Origin, StorageInfo, StreamKind, Version, VolumeId
 
 SHOWN_VERSIONS = 3
 """How many versions a message names before it says how many more there are."""
@@ -123,6 +123,35 @@ class MixedStreams(Conflict):
     @property
     def hint(self) -> str:
         return "choose a target storage of the same kind as the source's"
+
+
+@dataclass(frozen=True, slots=True)
+class MixedForms(Conflict):
+    """The replica was made of streams of the other form than the source sends now; ZFS cannot continue it with those
+    (openzfs#16351, #12594).
+
+    :ivar source, target: raw or plain
+    """
+
+    kind: ClassVar[str] = "mixed_forms"
+    source: Form
+    target: Form
+
+    @property
+    def message(self) -> str:
+        route = self.route
+        return (
+            f"the replica of {route.volume} on {route.target} was made of {self.target} streams, and the source sends "
+            f"{self.source} ones now: ZFS cannot mix them"
+        )
+
+    @property
+    def hint(self) -> str:
+        return (
+            f"set replicator:stream of the source's dataset back to {self.target}; or {self.route.resync} keeps the "
+            "whole replica aside there as …-diverged-<time> and sends everything anew; it says what that costs, and "
+            "asks"
+        )
 
 
 @dataclass(frozen=True, slots=True)

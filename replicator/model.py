@@ -11,6 +11,7 @@ import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Flag, StrEnum, auto
+from typing import Literal
 
 from replicator import names
 from replicator.errors import InvalidName, UsageError
@@ -246,6 +247,10 @@ class StreamKind(StrEnum):
     NATIVE = "native"
 
 
+Form = Literal["", "raw", "plain"]
+"""How a native stream has encrypted data: as it is on the disk, or decrypted. One replica is made of one form."""
+
+
 class VerifyBy(StrEnum):
     """How replicas of native streams (ZFS) are verified; those of blocks are always read."""
 
@@ -375,6 +380,8 @@ class VolumeState:
     :ivar head_changed: replicas only: there is live data beside the snapshots that no snapshot has (somebody wrote)
     :ivar size: logical size now, bytes
     :ivar origin: what it is a clone of, where that is a volume of the same storage
+    :ivar form: ZFS: in which form its streams are made; of a replica, in which it was received ("" where nothing says
+        so). "" where a storage has only one
     """
 
     id: VolumeId
@@ -384,6 +391,7 @@ class VolumeState:
     resume: ResumeState | None = None
     head_changed: bool = False
     origin: Origin | None = None
+    form: Form = ""
 
     @property
     def snapshots(self) -> tuple[Version, ...]:

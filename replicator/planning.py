@@ -22,6 +22,7 @@ from enum import StrEnum
 from replicator.conflicts import (
     Conflict,
     Diverged,
+    MixedForms,
     MixedStreams,
     NoCommonBase,
     NotAReplica,
@@ -228,6 +229,8 @@ def plan(
         conflict = _version_conflict(source, target, there, common, route)
         if conflict is not None:
             return conflict
+        if there and mixes_forms(source, target):
+            return MixedForms(route, source.form, target.form)
 
     if common is not None:
         clone = None
@@ -286,6 +289,11 @@ def protected_guids(
             if target.resume.base_guid is not None:
                 guids.add(target.resume.base_guid)
     return frozenset(guids)
+
+
+def mixes_forms(source: VolumeState, target: VolumeState) -> bool:
+    """Whether the source sends streams of another form than those that made the target."""
+    return bool(source.form and target.form) and source.form != target.form
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,6 +435,8 @@ def _resumable(
     reason = ""
     if resume.kind is not route.source_stream:
         reason = f"it is of a {resume.kind} stream, and the source sends {route.source_stream} streams"
+    elif mixes_forms(source, target):
+        reason = f"it began as a {target.form} stream, and the source sends {source.form} ones now"
     elif to is None or to.kind is not VersionKind.SNAPSHOT:
         reason = "the source no longer has that snapshot"
     elif not policy.selects(to):

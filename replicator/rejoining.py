@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from replicator.cancellation import Cancellation
 from replicator.errors import NoSuchSnapshot, ReplicatorError, VolumeChanged
 from replicator.model import DIVERGED_PREFIX, Version, VolumeState
-from replicator.planning import Step, newest_common
+from replicator.planning import Step, mixes_forms, newest_common
 from replicator.replication import Observer, Options, Pair, Replication
 from replicator.verification import Mismatch, Resync, aside_name
 
@@ -46,6 +46,8 @@ def manner(
     why = ""
     if source is None or newest_common(source, target) is None:
         why = "nothing is common"
+    elif mixes_forms(source, target):
+        why = f"it was made of {target.form} streams and the source sends {source.form} ones now, which cannot be mixed"
     elif full:
         why = "everything is to be sent anew"
     elif mismatch is not None and not made_anew:

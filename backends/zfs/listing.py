@@ -14,7 +14,7 @@ from backends.zfs.properties import StreamForm, read_form, read_lineage
 from backends.zfs.tokens import ResumeToken, read_token
 from replicator import names
 from replicator.errors import InvalidName, StorageError, StorageUnavailable
-from replicator.model import Lineage, Role, Version, VersionKind
+from replicator.model import Form, Lineage, Role, Version, VersionKind
 
 COLUMNS = (
     "name",
@@ -125,6 +125,14 @@ class Dataset:
     def default_form(self) -> StreamForm:
         """The pinned form, or the one to pin: raw where it is encrypted, so that no copy needs the key."""
         return self.form or (StreamForm.RAW if self.encrypted else StreamForm.PLAIN)
+
+    @property
+    def stream_form(self) -> Form:
+        """In which form its streams are; of a replica, were (see ``VolumeState.form``). What is not encrypted is never
+        raw, whatever is asked of zfs send."""
+        if self.lineage is not None and self.lineage.role is Role.REPLICA:
+            return "" if self.form is None else "raw" if self.form is StreamForm.RAW else "plain"
+        return "raw" if self.default_form is StreamForm.RAW and self.encrypted else "plain"
 
     def find(self, guid: str, kind: VersionKind = VersionKind.SNAPSHOT) -> Version | None:
         """The version of that identity and kind."""

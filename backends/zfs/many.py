@@ -94,6 +94,7 @@ def state_of(context: Context, volume: str, dataset: Dataset | None) -> VolumeSt
         dataset.token.resume if dataset.token is not None else None,
         dataset.head_changed,
         origin_of(context, dataset),
+        dataset.stream_form,
     )
 
 

@@ -273,8 +273,8 @@ class _Receive:
             raise Unsupported(
                 f"{self._label} was received as {pinned} streams, and now a {'raw' if head.raw else 'plain'} one came: "
                 "ZFS cannot mix them",
-                hint=f"set {properties.STREAM} of both datasets to the same, or make the replica anew with "
-                "`replicator resync`",
+                hint=f"set {properties.STREAM} of the source's dataset back to {pinned}; or `replicator resync VOLUME "
+                "--full` keeps the whole replica aside and sends everything anew",
             )
         if head.resuming != (request.resume is not None):
             raise ProtocolError(

@@ -286,6 +286,35 @@ def test_a_full_resync_keeps_the_whole_replica_and_sends_everything(world: World
     world.check_common("top/below")
 
 
+def test_streams_of_another_form_are_a_conflict_that_resync_solves(world: World, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(b"k" * 32)
+    options = ("-o", "encryption=on", "-o", "keyformat=raw", "-o", f"keylocation=file://{key}")
+    zfs("create", *options, "-s", "-b", "4096", "-V", str(SIZE), f"{world.source}/vm")
+    world.write("vm", 0, os.urandom(SIZE))
+    world.sync_well()
+    old = world.guids(f"{world.target}/vm")
+    zfs("set", "replicator:stream=plain", f"{world.source}/vm")
+    world.write("vm", 0, b"more")
+    report = world.sync()["vm"]
+    assert (report.outcome, report.done) == ("conflict", 0)
+    assert "made of raw streams" in report.message
+    assert "replicator resync tank:vm --target prox1:backup keeps the whole replica aside" in report.hint
+    zfs("set", "replicator:stream=raw", f"{world.source}/vm")
+    world.sync_well()
+    world.check_common("vm")
+    zfs("set", "replicator:stream=plain", f"{world.source}/vm")
+    effects = world.resync("vm")
+    assert any("which cannot be mixed: all of" in effect for effect in effects), effects
+    kept = next(name for name in world.replicas() if name.startswith("vm-diverged-"))
+    assert set(old) <= set(world.guids(f"{world.target}/{kept}"))
+    values = zfs("get", "-H", "-o", "value", "encryption,replicator:stream", f"{world.target}/vm")
+    assert values.split() == ["off", "plain"]
+    world.write("vm", 0, b"still more")
+    world.sync_well()
+    world.check_common("vm")
+
+
 def test_a_damaged_replica_that_was_renamed_is_not_continued_by_a_resync(world: World) -> None:
     world.zvol("vm")
     world.sync_well()

@@ -10,6 +10,7 @@ import pytest
 from replicator.conflicts import (
     Conflict,
     Diverged,
+    MixedForms,
     MixedStreams,
     NoCommonBase,
     NotAReplica,
@@ -22,6 +23,7 @@ from replicator.conflicts import (
 from replicator.errors import ConflictError
 from replicator.model import (
     Capability,
+    Form,
     Origin,
     Role,
     StorageInfo,
@@ -369,6 +371,29 @@ def test_live_data_beside_the_snapshots_is_a_divergence() -> None:
     assert conflict(Diverged, source_state(snap(1)), target_state(head_changed=True)).common is None
 
 
+@pytest.mark.parametrize("newer", [(), (snap(2),)])
+def test_streams_of_another_form_are_refused_before_the_first_byte(newer: tuple[Version, ...]) -> None:
+    source = replace(source_state(snap(1), *newer), form="plain")
+    found = conflict(MixedForms, source, replace(target_state(snap(1)), form="raw"))
+    assert "was made of raw streams, and the source sends plain ones now" in found.message
+    assert "set replicator:stream of the source's dataset back to raw" in found.hint
+    assert "replicator resync tank:vm-100 --target prox2:backup keeps the whole replica aside" in found.hint
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("raw", "raw"), ("plain", "plain"), ("raw", ""), ("", "plain"), ("", "")])
+def test_the_same_form_or_one_that_nothing_is_known_of_is_no_conflict(ours: Form, theirs: Form) -> None:
+    source = replace(source_state(snap(1), snap(2)), form=ours)
+    assert shape(planned(source, replace(target_state(snap(1)), form=theirs))) == [("guid1", "guid2")]
+
+
+def test_a_first_copy_that_began_in_another_form_is_discarded() -> None:
+    source = replace(source_state(snap(1)), form="plain")
+    found = planned(source, replace(target_state(resume=partial(snap(1), None)), form="raw"))
+    assert found.stale_resume is not None
+    assert "it began as a raw stream, and the source sends plain ones now" in found.stale_resume.message
+    assert shape(found) == [(None, "guid1")]
+
+
 def test_a_long_list_in_a_message_is_cut() -> None:
     found = conflict(Diverged, source_state(snap(1)), target_state(*(snap(n) for n in range(1, 30))))
     assert "and 25 more" in found.message
@@ -480,6 +505,7 @@ def test_every_conflict_becomes_an_error_with_its_kind_and_a_way_out() -> None:
         StaleEpoch(ROUTE, 1, 2),
         Diverged(ROUTE, snap(1), (snap(2),), True),
         NoCommonBase(ROUTE, (snap(1),), (snap(2),)),
+        MixedForms(ROUTE, "plain", "raw"),
     ]
     assert {type(c).__name__ for c in found} == {c.__name__ for c in Conflict.__subclasses__()}
     assert len({c.kind for c in found}) == len(found)

@@ -240,6 +240,17 @@ def test_full_sends_everything_whatever_is_known(there: tuple[Version, ...]) -> 
     assert [r.base for r in site.target.received] == [None]
 
 
+def test_a_replica_of_the_other_form_is_kept_aside_whole() -> None:
+    site = Site(ONE, TWO)
+    assert site.source.now is not None
+    assert site.target.now is not None
+    site.source.now = replace(site.source.now, form="plain")
+    site.target.now = replace(site.target.now, form="raw")
+    assert "made of raw streams and the source sends plain ones now, which cannot be mixed: all of" in site.told()
+    assert site.resync().made_equal
+    assert [r.base for r in site.target.received] == [None]
+
+
 def test_an_ordinary_resync_claims_nothing_about_what_both_have() -> None:
     site = Site(ONE, OWN)
     assert "nobody looks whether what both have is equal" in site.told()

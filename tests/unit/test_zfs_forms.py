@@ -50,6 +50,27 @@ def test_what_is_pinned_stays() -> None:
     assert "replicator:stream=plain" in marked("raw\tlocal", **pinned)
 
 
+@pytest.mark.parametrize(
+    ("role", "pinned", "encryption", "form"),
+    [
+        ("primary", "raw", "aes-256-gcm", "raw"),
+        ("primary", "plain", "aes-256-gcm", "plain"),
+        ("primary", "raw", "off", "plain"),  # zfs send -w of what is not encrypted is no raw stream
+        ("primary", "-", "aes-256-gcm", "raw"),
+        ("replica", "raw", "aes-256-gcm", "raw"),
+        ("replica", "plain", "aes-256-gcm", "plain"),  # below an encrypted root
+        ("replica", "-", "aes-256-gcm", ""),
+    ],
+)
+def test_the_form_of_streams_is_told(role: str, pinned: str, encryption: str, form: str) -> None:
+    values = {"replicator__of": 7, "replicator__lineage": UUID, "replicator__role": role, "replicator__epoch": 1}
+    listed = row(NAME, "filesystem", guid=7, encryption=encryption, replicator__stream=pinned, **values) + "\n"
+    runner = RecordedRunner({("zfs", "list"): listed})
+    state = ZfsBackend("store", "tank/vm", checksums=checksum, runner=runner).state("secret")
+    assert state is not None
+    assert state.form == form
+
+
 def test_a_form_that_is_none_is_told_and_not_overwritten() -> None:
     with pytest.raises(InvalidName, match=r"replicator:stream is 'clear'") as raised:
         marked("clear\tlocal", replicator__stream="clear")
