@@ -16,7 +16,7 @@ from typing import Protocol
 from replicator.cancellation import Cancellation
 from replicator.conflicts import Conflict, Recreated, Route
 from replicator.endpoint import Endpoint, ReceiveMode, ReceiveRequest, SendRequest, VolumeListing
-from replicator.errors import NoSuchVolume, ReplicatorError, StorageError
+from replicator.errors import NoSuchVolume, ReplicatorError, StaleResume, StorageError
 from replicator.model import (
     DIVERGED_PREFIX,
     Capability,
@@ -293,7 +293,11 @@ class Replication:
             pair.target.abort_receive(pair.target_volume)
         newest = found.common.source if found.common else None
         for step in found.steps:
-            committed = self._transfer(step, lineage)
+            try:
+                committed = self._transfer(step, lineage)
+            except StaleResume:
+                self._discard_stale(step)
+                raise
             self.outcome.steps += 1
             newest = step.to
             self._settle(step, committed)
@@ -303,6 +307,13 @@ class Replication:
             self._tidy_holds(source, target, newest)
         self.outcome.newest = newest
         return True
+
+    def _discard_stale(self, step: Step) -> None:
+        """A plan only sees of a partial state what it continues. Where a storage then says that nothing does, the next
+        attempt would find the same: unless the partial state has become another meanwhile, it has to go."""
+        state = self._pair.target.state(self._pair.target_volume)
+        if step.resume is not None and state is not None and state.resume == step.resume:
+            self._pair.target.abort_receive(self._pair.target_volume)
 
     def put_back(self, step: Step, aside: str) -> Version:
         """Send one step of a native stream that first puts the target back to the step's base.

@@ -14,7 +14,7 @@ from replicator.cancellation import Cancellation
 from replicator.conflicts import Recreated
 from replicator.control import Orphan
 from replicator.endpoint import Endpoint, PruneRequest, ReceiveRequest, SendRequest, SnapshotRequest
-from replicator.errors import ConflictError, NotAReplica, SnapshotHeld, StaleEpoch, Unsupported
+from replicator.errors import ConflictError, NotAReplica, SnapshotHeld, StaleEpoch, StaleResume, Unsupported
 from replicator.local import LocalEndpoint
 from replicator.mending import Mender, Results
 from replicator.model import (
@@ -111,6 +111,30 @@ def test_the_replica_of_a_renamed_volume_gets_its_new_name(world: World) -> None
     assert world.replicas() == ["prox1/web/vm"]
     assert world.versions("prox1/web/vm") == ["one", "two"]
     assert outcome.done < SIZE, "not all again"
+
+
+class Forgetful(LocalEndpoint):
+    """A source that continues nothing."""
+
+    def send(self, request: SendRequest, cancel: Cancellation) -> Stream:
+        if request.resume is not None:
+            raise StaleResume("it was begun from another dataset", hint="")
+        return super().send(request, cancel)
+
+
+def test_what_the_source_does_not_continue_is_discarded(world: World) -> None:
+    world.source.create("other", pattern(SIZE))
+    world.here.snapshot(SnapshotRequest((VolumeId(TANK, "other"),), "one"))
+    world.there.fault = Fault("receive", Point.CUT, Crash("kill -9"), chunks=1)
+    with pytest.raises(Crash):
+        world.sync("other")
+    begun = world.target.state("prox1/other")
+    assert begun is not None
+    assert begun.resume is not None
+    world.here = Forgetful("prox1", {TANK: world.source})
+    outcome = world.sync("other")
+    assert (outcome.steps, outcome.attempts) == (1, 2)
+    assert world.versions("prox1/other") == ["one"]
 
 
 @pytest.mark.parametrize("point", [Point.BEFORE, Point.AFTER])
