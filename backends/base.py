@@ -133,8 +133,13 @@ class Backend(Protocol):
     def release(self, volume: str, version: VersionRef, tag: str) -> None:
         """Remove a hold if it is there."""
 
-    def estimate(self, volume: str, base: VersionRef | None, to: VersionRef) -> int | None:
-        """Bytes of changes between two versions if that is cheap to say, else None."""
+    def estimate(
+        self, volume: str, base: VersionRef | None, to: VersionRef, *, intermediates: bool = False
+    ) -> int | None:
+        """Bytes of changes between two versions if that is cheap to say, else None.
+
+        :param intermediates: native streams: with those of the snapshots between the two
+        """
 
     def send(self, request: SendRequest, cancel: Cancellation) -> Stream:
         """See :meth:`replicator.endpoint.Endpoint.send`."""

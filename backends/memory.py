@@ -344,7 +344,14 @@ class MemoryBackend(OneByOne):
 
     # -- sending
 
-    def estimate(self, volume: str, base: VersionRef | None, to: VersionRef) -> int | None:
+    def estimate(
+        self,
+        volume: str,
+        base: VersionRef | None,
+        to: VersionRef,
+        *,
+        intermediates: bool = False,  # noqa: ARG002
+    ) -> int | None:
         """See :class:`~backends.base.Backend`."""
         with self._lock:
             data = self._snapshot(volume, to).data

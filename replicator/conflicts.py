@@ -270,7 +270,10 @@ class Diverged(Conflict):
         if self.head_changed:
             what.append("was written to")
         since = f" since {self.common.name}" if self.common else ""
-        return f"the replica of {self.route.volume} on {self.route.target} {' and '.join(what)}{since}"
+        # Of a native storage only this is known: its live data is not what its newest snapshot is.
+        native = self.head_changed and self.route.source_stream is StreamKind.NATIVE
+        lost = ", or snapshots that it had after that were destroyed" if native and self.common else ""
+        return f"the replica of {self.route.volume} on {self.route.target} {' and '.join(what)}{since}{lost}"
 
 
 @dataclass(frozen=True, slots=True)

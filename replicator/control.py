@@ -127,6 +127,7 @@ class PlannedReplica:
     """What a run would do for one volume and target.
 
     :ivar snapshot: whether the run takes a new snapshot first (its size is not known yet)
+    :ivar source_prunes: what goes from the source; told once a volume, with the first of its targets
     :ivar conflict: what stops it, "" if nothing; ``hint`` is the way out
     """
 

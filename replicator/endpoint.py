@@ -370,8 +370,13 @@ class Endpoint(Protocol):
     def release(self, volume: VolumeId, version: VersionRef, tag: str) -> None:
         """Take back a hold; nothing happens if there is none, or no such version."""
 
-    def estimate(self, volume: VolumeId, base: VersionRef | None, to: VersionRef) -> int | None:
-        """Bytes of changes that a send would have, None where that is not known cheaply."""
+    def estimate(
+        self, volume: VolumeId, base: VersionRef | None, to: VersionRef, *, intermediates: bool = False
+    ) -> int | None:
+        """Bytes of changes that a send would have, None where that is not known cheaply.
+
+        :param intermediates: as in the SendRequest: what was written and deleted in between counts as well
+        """
 
     def send(self, request: SendRequest, cancel: Cancellation) -> Stream:
         """Open a stream.

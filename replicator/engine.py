@@ -229,7 +229,16 @@ class Engine:
         for item in self._jobs(job):
             tasks = self._runner.tasks(item)
             surveys = self._runner.survey_all(tasks)
-            found += (self._planned(task, surveys[task.key]) for task in tasks)
+            protect: dict[VolumeId, frozenset[str]] = {}
+            for task in tasks:
+                volume = task.pair.source_volume
+                protect[volume] = protect.get(volume, frozenset()) | surveys[task.key].protect
+            for task in tasks:
+                planned = self._planned(task, surveys[task.key])
+                mine = protect.pop(task.pair.source_volume, None) if not planned.conflict else None
+                if mine is not None:  # of all targets together, with the first that can be replicated to
+                    planned = replace(planned, source_prunes=self._source_prunes(task, mine))
+                found.append(planned)
         return tuple(found)
 
     def _planned(self, task: Task, survey: Survey) -> PlannedReplica:
@@ -265,25 +274,20 @@ class Engine:
             )
             for step, size in zip(survey.plan.steps, survey.sizes, strict=True)
         )
-        source, target = self._prunes(task, survey)
-        return PlannedReplica(key.job, key.volume, key.target, steps, source, target, notes)
+        return PlannedReplica(key.job, key.volume, key.target, steps, (), self._target_prunes(task, survey), notes)
 
-    def _prunes(self, task: Task, survey: Survey) -> tuple[tuple[PruneOutcome, ...], tuple[PruneOutcome, ...]]:
-        pair, common = task.pair, survey.common
-        request = PruneRequest(
-            pair.source_volume,
-            task.job.name,
-            task.job.keep.source,
-            tuple(sorted(survey.protect)),
-            dry_run=True,
-        )
-        source = tuple(o for o in pair.source.prune(request) if not o.kept)
-        if common is None:
-            return source, ()
+    def _source_prunes(self, task: Task, protect: frozenset[str]) -> tuple[PruneOutcome, ...]:
+        pair, job = task.pair, task.job
+        ours = PruneRequest(pair.source_volume, job.name, job.keep.source, tuple(sorted(protect)), dry_run=True)
+        return tuple(outcome for outcome in pair.source.prune(ours) if not outcome.kept)
+
+    def _target_prunes(self, task: Task, survey: Survey) -> tuple[PruneOutcome, ...]:
+        if survey.common is None:
+            return ()
         theirs = self._runner.target_prune_request(task, survey.protect, dry_run=True)
         if survey.plan is not None and survey.plan.renamed is not None:
             theirs = replace(theirs, volume=survey.plan.renamed)  # it has its new name only once a run has begun
-        return source, tuple(o for o in pair.target.prune(theirs) if not o.kept)
+        return tuple(outcome for outcome in task.pair.target.prune(theirs) if not outcome.kept)
 
     # -- running
 

@@ -253,9 +253,11 @@ class LocalEndpoint:
             taken |= {each.volume: each for each in together}
         return tuple(taken[volume] for volume in request.volumes)
 
-    def estimate(self, volume: VolumeId, base: VersionRef | None, to: VersionRef) -> int | None:
+    def estimate(
+        self, volume: VolumeId, base: VersionRef | None, to: VersionRef, *, intermediates: bool = False
+    ) -> int | None:
         """See :class:`~replicator.endpoint.Endpoint`."""
-        return self._of(volume).estimate(volume.name, base, to)
+        return self._of(volume).estimate(volume.name, base, to, intermediates=intermediates)
 
     def send(self, request: SendRequest, cancel: Cancellation) -> Stream:
         """See :class:`~replicator.endpoint.Endpoint`."""

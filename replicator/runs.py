@@ -292,7 +292,10 @@ class Runner:
             estimates: list[int | None] = []
             for step in found.steps if sizes else ():
                 base = step.base.ref if step.base else None
-                estimates.append(task.pair.source.estimate(task.pair.source_volume, base, step.to.ref))
+                size = task.pair.source.estimate(
+                    task.pair.source_volume, base, step.to.ref, intermediates=step.intermediates
+                )
+                estimates.append(size)
         except ReplicatorError as error:
             self.tracker.problem(task.key, _outcome_of(error), str(error), error.hint)
             return Survey(None, None, 0, error)

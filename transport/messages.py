@@ -142,6 +142,7 @@ class Estimate:
     volume: VolumeId
     base: VersionRef | None
     to: VersionRef
+    intermediates: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,9 +226,11 @@ class RemoteEndpoint:
         """See :class:`~replicator.endpoint.Endpoint`."""
         self._call(messages.Release(volume, version, tag))
 
-    def estimate(self, volume: VolumeId, base: VersionRef | None, to: VersionRef) -> int | None:
+    def estimate(
+        self, volume: VolumeId, base: VersionRef | None, to: VersionRef, *, intermediates: bool = False
+    ) -> int | None:
         """See :class:`~replicator.endpoint.Endpoint`."""
-        found: int | None = self._call(messages.Estimate(volume, base, to))
+        found: int | None = self._call(messages.Estimate(volume, base, to, intermediates))
         return found
 
     def abort_receive(self, volume: VolumeId) -> None:

@@ -115,8 +115,8 @@ class Session:
                 return endpoint.state(volume)
             case messages.Heads(volumes):
                 return endpoint.heads(volumes)
-            case messages.Estimate(volume, base, to):
-                return endpoint.estimate(volume, base, to)
+            case messages.Estimate(volume, base, to, intermediates):
+                return endpoint.estimate(volume, base, to, intermediates=intermediates)
             case messages.Scrub(request=scrub):
                 return endpoint.scrub(scrub)
             case messages.GetCrl():

@@ -247,7 +247,14 @@ class ImageBackend(OneByOne):
                 taken.append(snapshotting.take_snapshot(self._context, volume, name))
         return tuple(taken)
 
-    def estimate(self, volume: str, base: VersionRef | None, to: VersionRef) -> int | None:
+    def estimate(
+        self,
+        volume: str,
+        base: VersionRef | None,
+        to: VersionRef,
+        *,
+        intermediates: bool = False,  # noqa: ARG002
+    ) -> int | None:
         """See :class:`~backends.base.Backend`."""
         with self._context.errors(f"estimating {to.name}"):
             return source.estimate(self._context, volume, base, to)

@@ -312,9 +312,11 @@ class ZfsBackend(OneByOne):
 
     # -- data
 
-    def estimate(self, volume: str, base: VersionRef | None, to: VersionRef) -> int | None:
+    def estimate(
+        self, volume: str, base: VersionRef | None, to: VersionRef, *, intermediates: bool = False
+    ) -> int | None:
         """See :class:`~backends.base.Backend`."""
-        return sending.estimate(self._context, volume, base, to)
+        return sending.estimate(self._context, volume, base, to, intermediates=intermediates)
 
     def send(self, request: SendRequest, cancel: Cancellation) -> Stream:
         """See :class:`~backends.base.Backend`."""

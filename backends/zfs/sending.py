@@ -166,12 +166,14 @@ def size_of(context: Context, dataset: Dataset, base: Version | None, to: Versio
     return context.library.send_space(f"{dataset.name}@{to.name}", source, dataset.default_form.flags)
 
 
-def estimate(context: Context, volume: str, base: VersionRef | None, to: VersionRef) -> int | None:
+def estimate(
+    context: Context, volume: str, base: VersionRef | None, to: VersionRef, *, intermediates: bool
+) -> int | None:
     """See :meth:`backends.base.Backend.estimate`."""
     dataset = context.require(volume)
     target = context.snapshot(volume, dataset, to)
     source = base_of(context, volume, dataset, base)
-    return size_of(context, dataset, source, target, False)
+    return size_of(context, dataset, source, target, intermediates and source in dataset.snapshots)
 
 
 def open_stream(context: Context, request: SendRequest, cancel: Cancellation) -> Stream:

@@ -636,3 +636,16 @@ def test_the_estimate_is_near(case: ZfsCase) -> None:
         real = length(opened(case, base, two))
         assert abs(estimate - real) < real / 10 + 100_000
         assert opened(case, base, two).estimate == estimate
+
+
+def test_the_estimate_of_a_batch_counts_what_is_between(case: ZfsCase) -> None:
+    first = make(case, "one")[0]
+    case.write("vm", 0, os.urandom(SIZE))
+    take(case, "two")
+    case.write("vm", 0, os.urandom(SIZE))
+    last = take(case, "three")
+    alone = case.backend.estimate("vm", first.ref, last.ref)
+    batch = case.backend.estimate("vm", first.ref, last.ref, intermediates=True)
+    assert alone is not None
+    assert batch is not None
+    assert batch > alone * 3 // 2

@@ -128,8 +128,10 @@ class FaultyEndpoint:
         self._inner.release(volume, version, tag)
         self._fail("release", Point.AFTER)
 
-    def estimate(self, volume: VolumeId, base: VersionRef | None, to: VersionRef) -> int | None:
-        return self._inner.estimate(volume, base, to)
+    def estimate(
+        self, volume: VolumeId, base: VersionRef | None, to: VersionRef, *, intermediates: bool = False
+    ) -> int | None:
+        return self._inner.estimate(volume, base, to, intermediates=intermediates)
 
     def send(self, request: SendRequest, cancel: Cancellation) -> Stream:
         self._fail("send", Point.BEFORE)

@@ -247,7 +247,10 @@ class Side:
         self.size: int | None = None
         self.free = 0
 
-    def estimate(self, _volume: VolumeId, _base: VersionRef | None, _to: VersionRef) -> int | None:
+    def estimate(
+        self, _volume: VolumeId, _base: VersionRef | None, to: VersionRef, *, intermediates: bool = False
+    ) -> int | None:
+        self.asked.append((f"estimate {to.guid}{' and between' if intermediates else ''}", _volume, ""))
         return self.size
 
     def storage(self, name: str) -> StorageInfo:

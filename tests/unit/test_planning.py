@@ -367,7 +367,11 @@ def test_live_data_beside_the_snapshots_is_a_divergence() -> None:
         found = conflict(Diverged, source, target_state(snap(1), head_changed=True))
         assert found.head_changed
         assert found.newer == ()
-        assert "was written to" in found.message
+        assert found.message.endswith(f"was written to since {snap(1).name}")
+        native = replace(ROUTE, source_stream=StreamKind.NATIVE, target_stream=StreamKind.NATIVE)
+        lost = plan(source, target_state(snap(1), head_changed=True), SendPolicy(), native)
+        assert isinstance(lost, Diverged)
+        assert lost.message.endswith(f"since {snap(1).name}, or snapshots that it had after that were destroyed")
     assert conflict(Diverged, source_state(snap(1)), target_state(head_changed=True)).common is None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -14,6 +14,7 @@ from replicator import config, tidying
 from replicator.cancellation import Cancellation
 from replicator.control import RunReport
 from replicator.endpoint import Endpoint, Head, SnapshotRequest, Taken
+from replicator.engine import Engine
 from replicator.errors import NoSpace, StorageUnavailable
 from replicator.local import LocalEndpoint
 from replicator.model import Capability, Lineage, Progress, Role, Version, VersionKind, VolumeId, snapshot_name
@@ -327,6 +328,53 @@ def test_all_storages_of_a_job_are_snapshotted_by_one_request() -> None:
     failed = world.runner.snapshot(world.job, volumes, Cancellation(), primaries)
     assert requests == [("second:x", "second:y", "store:vm-1"), ("third:x",), ("third:y",)]
     assert sorted(map(str, failed)) == ["absent:x", "absent:y"]
+
+
+# -- what a plan tells
+
+
+def test_what_goes_from_the_source_is_told_once() -> None:
+    """And it is what no target needs any more, not what one of them does not."""
+    world = World(targets='["b:store", "c:store"]', rest='keep = {source = "last=1", target = "last=9"}')
+    world.run()
+    unreachable = world.endpoints["c"]
+    world.endpoints["c"] = Watched(LocalEndpoint("c", {}))
+    for number in range(3):
+        world.memory["a"].write("vm-1", 0, bytes([number]))
+        world.now += timedelta(minutes=1)
+        world.runner.run(world.job, None, None, lambda _: None, Cancellation())
+    world.endpoints["c"] = unreachable
+    more = [snapshot_name("vms", world.now + timedelta(minutes=minutes)) for minutes in (1, 2)]
+    for name in more:
+        world.memory["a"].snapshot(("vm-1",), name)
+    parsed = config.parse(CONFIG.format(targets='["b:store", "c:store"]', rest='keep = {source = "last=1"}'))
+    engine = Engine(
+        parsed, cast(Any, world), world.runner, cast(Any, None), cast(Any, None), daemon=False, check=lambda: ()
+    )
+    planned = [item for item in engine.plan("vms") if item.volume == "store:vm-1"]
+    told = [[outcome.version.name for outcome in item.source_prunes] for item in planned]
+    assert world.snapshots("b")[-1] != world.snapshots("c")[-1]
+    assert told == [more[:1], []], "neither what b has nor what c has"
+    assert [item.conflict for item in planned] == ["", ""]
+
+
+def test_a_plan_has_the_size_of_a_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(rest='intermediates = "all"')
+    world.run()
+    for node in "ab":
+        world.memory[node].capabilities = CAPABILITIES | Capability.NATIVE_INTERMEDIATES
+    for minutes in (1, 2):
+        world.memory["a"].snapshot(("vm-1",), snapshot_name("vms", world.now + timedelta(minutes=minutes)))
+    asked: list[bool] = []
+
+    def estimate(*_: object, intermediates: bool = False) -> int:
+        asked.append(intermediates)
+        return 7
+
+    monkeypatch.setattr(world.memory["a"], "estimate", estimate)
+    tasks = world.runner.tasks(world.job, "store:vm-1")
+    assert [survey.backlog for survey in world.runner.survey_all(tasks).values()] == [7]
+    assert asked == [True]
 
 
 # -- when a replica is settled

@@ -200,6 +200,29 @@ def test_a_pool_that_is_gone_is_asked_once() -> None:
     assert len(runner.asked) == 1
 
 
+# -- estimates
+
+
+def test_a_batch_is_estimated_with_all_that_is_in_it() -> None:
+    listed, _ = volume_of(3)
+    store, runner = backend(datasets=listed)
+    runner.answers["zfs", "send"] = "size\t900\n"
+    found = [
+        store.estimate("a", base, refs(2)[0], intermediates=batch)
+        for base in (refs(0)[0], None)
+        for batch in (True, False)
+    ]
+    asked = [command[5:] for command in runner.asked if command[1] == "send"]
+    ends = [(*rest[3:],) for rest in asked]
+    assert found == [900] * 4
+    assert ends == [
+        ("-I", "tank/vm/a@s0", "tank/vm/a@s2"),
+        ("-i", "tank/vm/a@s0", "tank/vm/a@s2"),
+        ("tank/vm/a@s2",),
+        ("tank/vm/a@s2",),
+    ]
+
+
 # -- destroying
 
 
