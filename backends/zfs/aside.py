@@ -41,9 +41,11 @@ def look(context: Context, volume: str) -> Dataset | None:
             if _complete(context, place):
                 found = context.look(volume)
             place = place.rpartition("/")[0]
-    elif found.is_placeholder:
+        if found is None:
+            return None
+    if found.is_placeholder:
         arriving, moved = placeholders.settle(context, found.name)
-        found = context.look(volume) if moved else arriving or found
+        found = arriving or (context.look(volume) if moved else found)
     elif found.is_leaving:
         with context.moving:
             if not finish(context, found.name):

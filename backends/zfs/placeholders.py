@@ -7,6 +7,9 @@ arrives later, it is received beside the placeholder and takes its place once it
     prox1/top/below                                  ->   prox1/top/below
     prox1/top.replicator-arriving    <- being received
 
+A first copy that was begun in its place, and cannot be continued, gives way to a placeholder in the same manner where
+datasets are below it: ZFS does not discard it before.
+
 So nothing is ever received with ``-F``, an encrypted parent can follow its children (ZFS does not receive that over an
 unencrypted dataset), and the datasets below keep their names meanwhile. The last part is three kinds of commands: each
 dataset below is moved under what arrived, the placeholder is destroyed, what arrived gets the name. A power cut between
@@ -76,15 +79,38 @@ def settle(context: Context, dataset: str) -> tuple[Dataset | None, bool]:
         if arrival is None:
             return None, False
         there = context.listing.dataset(dataset)
+        if there is not None and not there.is_placeholder:  # somebody has the name: it is for people to see
+            return None, False
+        if not arrival.snapshots and arrival.children:
+            _bring_back(context, arrival, dataset, there)
+            return context.listing.dataset(arrival.name), True
         if there is None:
             move(context, arrival.name, dataset)
-        elif not there.is_placeholder:  # somebody has the name: it is for people to see
-            return None, False
         elif not arrival.snapshots:
             return arrival, False
         else:
             replace(context, there, arrival.name)
         return None, True
+
+
+def vacate(context: Context, begun: Dataset) -> str:
+    """Have a placeholder in the place of a first copy that was begun there and has datasets below it.
+
+    :return: where the first copy is now
+    """
+    with context.moving:
+        arrival = arrival_of(begun.name)
+        move(context, begun.name, arrival)  # from here on settle() completes it
+        settle(context, begun.name)
+        return arrival
+
+
+def _bring_back(context: Context, arrival: Dataset, dataset: str, there: Dataset | None) -> None:
+    """What has only begun to arrive holds no others: what is below it stays where it was."""
+    if there is None:
+        make_placeholder(context, dataset, dataset)
+    for child in arrival.children:
+        move(context, child, dataset + child.removeprefix(arrival.name))
 
 
 def replace(context: Context, placeholder: Dataset, by: str) -> None:

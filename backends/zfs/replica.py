@@ -99,16 +99,35 @@ class _Receive:
         form = self._check_head(head, there)
         base = self._request.base
         self._check_step(head, base.guid if base is not None else None, self._request.to.guid)
+        if there is None:
+            there = self._made_meanwhile()
         if there is not None and not there.is_placeholder:
             self._place = there.name
             self._pin(there, form)
         elif there is not None:
             self._check_may_give_way(there, head)
             self._place = placeholders.arrival_of(self._dataset)
-        else:
-            placeholders.make_parents(self._context, self._dataset)
-        self._feed(head, there, self._request.to.name, incoming, cancel)
+        try:
+            self._feed(head, there, self._request.to.name, incoming, cancel)
+        except NotAReplica as error:
+            if there is None and self._made_meanwhile() is not None:
+                raise self._taken() from error
+            raise
         return self._committed(form)
+
+    def _made_meanwhile(self) -> Dataset | None:
+        """Have the datasets above it there; and its placeholder, where another receive has made that by now, because
+        something arrives below: until the head of this stream had come, nothing had this name."""
+        placeholders.make_parents(self._context, self._dataset)
+        made = self._context.look(self._volume)
+        if made is not None and not made.is_placeholder:
+            raise self._taken()
+        return made
+
+    def _taken(self) -> VolumeBusy:
+        return VolumeBusy(
+            f"{self._label} was made by somebody else while it was about to arrive", hint="the next attempt plans again"
+        )
 
     def _batch(self, stream: Stream, there: Dataset | None, cancel: Cancellation) -> Version:
         """Each stream of a batch is a receive of its own: checked like any other, and told what to make."""
@@ -389,10 +408,12 @@ class _Restore:
 
 def abort(context: Context, there: Dataset) -> None:
     """Discard what an interrupted receive has brought."""
-    if there.token is not None:
-        context.change_if_there(
-            "zfs", "receive", "-A", there.name, dataset=there.name, doing="discarding what was received of"
-        )
+    if there.token is None:
+        return
+    name = there.name
+    if there.children and not there.snapshots:  # of a first copy nothing remains, and there are datasets below it
+        name = placeholders.vacate(context, there)
+    context.change_if_there("zfs", "receive", "-A", name, dataset=name, doing="discarding what was received of")
 
 
 def hold(context: Context, dataset: str, version: Version | VersionRef, tag: str) -> None:

@@ -132,6 +132,25 @@ def test_what_is_begun_beside_a_placeholder_can_be_discarded(tree: tuple[ZfsCase
     assert len(volumes(case)) == 4
 
 
+def test_a_first_copy_that_has_datasets_below_it_can_be_discarded(case: ZfsCase) -> None:
+    mount = case.create_filesystem("top")
+    (mount / "file").write_bytes(DATA)
+    case.create("top/below", DATA)
+    for volume, lineage in LINEAGES.items():
+        case.backend.set_lineage(volume, lineage)
+    one = take(case, "one", "top")
+    with pytest.raises(ConnectionLost):
+        receive(case, asked(None, one, volume=TOP, lineage=OTHER), cut(sent(case, "top", one), 3 << 20))
+    arrive(case, "top/below", take(case, "one", "top/below"))
+    assert state(case, TOP).resume is not None
+    case.backend.abort_receive(TOP.name)
+    assert case.backend.state(TOP.name) is None
+    assert state(case, BELOW).versions
+    arrive(case, "top", one)
+    assert volumes(case) == ["prox1/top", "prox1/top/below", "top", "top/below"]
+    assert [v.guid for v in state(case, TOP).versions] == [one.guid]
+
+
 @pytest.mark.parametrize("done", [0, 1, 2])
 def test_a_power_cut_while_a_placeholder_gives_way(tree: tuple[ZfsCase, Version], done: int) -> None:
     """Cut after each command; asked about the parent or the child, all is in its place again."""

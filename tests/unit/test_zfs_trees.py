@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
 from backends.zfs import aside, placeholders, renaming, taking_over
-from backends.zfs.commands import Finished
+from backends.zfs.commands import Finished, Process, SystemRunner
 from backends.zfs.context import Context
 from backends.zfs.library import CommandLibrary
 from backends.zfs.listing import Listing
 from backends.zfs.naming import DatasetNames
 from backends.zfs.properties import StreamForm
+from backends.zfs.replica import abort, receive
 from backends.zfs.sending import argv_of, base_of
 from backends.zfs.stream_head import read_head
 from backends.zfs.taking_over import Terms
-from replicator.errors import InvalidName, NotAReplica, ProtocolError, ReplicatorError, Unsupported
-from replicator.model import Property, VersionRef
+from replicator.cancellation import Cancellation
+from replicator.endpoint import ReceiveRequest
+from replicator.errors import InvalidName, NotAReplica, ProtocolError, ReplicatorError, Unsupported, VolumeBusy
+from replicator.model import Lineage, Property, Role, StreamKind, Version, VersionRef, VolumeId
+from replicator.streams import Chunk, ChunkStream, NativeChunk
 from replicator.zfs_properties import FILESYSTEMS_ONLY, RESERVED, TAKEN_OVER, ZVOLS_ONLY
-from tests.support.zfs_records import RecordedRunner, failed, make_head, row
+from tests.support.blocks import make_version
+from tests.support.zfs_records import RecordedRunner, failed, make_head, make_token, row
 
 NAMES = DatasetNames("store", "tank/vm")
 UUID = "6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00"
@@ -51,6 +57,9 @@ class Pool(RecordedRunner):
         elif args[1] == "create":
             placeholder = args[-2].partition("=")[2]
             self.rows[args[-1]] = row(args[-1], "filesystem", replicator__placeholder=placeholder)
+        elif args[1:3] == ("receive", "-A"):
+            assert not [name for name in self.rows if name.startswith(f"{args[3]}/")], "it has children"
+            del self.rows[args[3]]
         elif args[1] != "set":
             raise AssertionError(args)
         return Finished(args, 0, "", "")
@@ -75,10 +84,10 @@ def context(pool: RecordedRunner) -> Context:
     return Context(NAMES, pool, Listing(NAMES, pool), lambda: CommandLibrary("store", pool))
 
 
-def replica(name: str, guid: int) -> str:
+def replica(name: str, guid: int, **values: object) -> str:
     return row(
         name, "filesystem", guid=guid, replicator__lineage=UUID, replicator__role="replica", replicator__epoch=1,
-        replicator__of=guid, replicator__stream="plain",
+        replicator__of=guid, replicator__stream="plain", **values,
     )  # fmt: skip
 
 
@@ -126,6 +135,103 @@ def test_what_still_arrives_is_shown_and_moves_nothing() -> None:
     found = aside.look(context(pool), "p/top")
     assert found is not None
     assert (found.name, found.lineage is not None, pool.done) == (ARRIVAL, True, [])
+
+
+def begun() -> Pool:
+    """A first copy that was begun in its place, and datasets that arrived below it since."""
+    token = make_token(toguid=5, toname="tank/source@one", bytes=1000)
+    return Pool(
+        row("tank/vm", "filesystem"),
+        row("tank/vm/p", "filesystem", replicator__placeholder="tank/vm/p"),
+        replica(TOP, 4, receive_resume_token=token),
+        replica(f"{TOP}/a", 2),
+        replica(f"{TOP}/b", 3),
+    )
+
+
+def test_what_was_begun_in_its_place_gives_way_before_it_is_discarded_whenever_that_is_cut() -> None:
+    def discard(pool: Pool) -> None:
+        found = aside.look(context(pool), "p/top")
+        if found is not None:
+            abort(context(pool), found)
+
+    whole = begun()
+    discard(whole)
+    assert [command[0] for command in whole.done] == ["rename", "create", "rename", "rename", "receive"]
+    assert set(whole.rows) == {"tank/vm", "tank/vm/p", TOP, f"{TOP}/a", f"{TOP}/b"}
+    found = aside.look(context(whole), "p/top")
+    assert found is not None
+    assert found.is_placeholder
+    for cut in range(len(whole.done) + 1):
+        for asked in ("p/top", "p/top/a", "p/top/b"):
+            pool = begun()
+            pool.cut_after = cut
+            with_power_cut(lambda pool=pool: discard(pool))  # type: ignore[misc]
+            pool.cut_after = None
+            there = aside.look(context(pool), asked)
+            assert there is not None, (cut, asked)
+            assert asked != "p/top" or (there.token is not None or cut == len(whole.done)), "it can be continued"
+            discard(pool)
+            assert set(pool.rows) == set(whole.rows), (cut, asked)
+
+
+def test_what_was_begun_and_has_nothing_below_it_is_just_discarded() -> None:
+    pool = begun()
+    del pool.rows[f"{TOP}/a"], pool.rows[f"{TOP}/b"]
+    found = aside.look(context(pool), "p/top")
+    assert found is not None
+    abort(context(pool), found)
+    assert pool.done == [("receive", "-A", TOP)]
+
+
+class Racing(Pool):
+    """While the replica of TOP is about to arrive, another receive makes its placeholder."""
+
+    def __init__(self, *, late: bool) -> None:
+        super().__init__(
+            row("tank/vm", "filesystem"), row("tank/vm/p", "filesystem", replicator__placeholder="tank/vm/p")
+        )
+        self._late = late
+        self.received: list[str] = []
+
+    def make(self) -> None:
+        self.rows[TOP] = row(TOP, "filesystem", guid=1, written=98304, replicator__placeholder=TOP)
+
+    def write_to(self, argv: Sequence[str]) -> Process:
+        self.received.append(argv[-1])
+        if self._late:
+            self.make()
+            script = f"echo \"destination '{TOP}' exists\nmust specify -F to overwrite it\" >&2; exit 1"
+            return SystemRunner().write_to(("/bin/sh", "-c", script))
+        self.rows[ARRIVAL] = replica(ARRIVAL, 4)
+        self.rows[f"{ARRIVAL}@one"] = row(f"{ARRIVAL}@one", "snapshot", guid=5, createtxg=6, creation=7)
+        return SystemRunner().write_to(("/bin/sh", "-c", "cat > /dev/null"))
+
+    def receive(self) -> Version:
+        def chunks() -> Iterator[Chunk]:
+            if not self._late:
+                self.make()
+            yield NativeChunk(make_head(5, zvol=False))
+
+        request = ReceiveRequest(
+            VolumeId("store", "p/top"), Lineage(UUID, Role.PRIMARY, 1), None,
+            replace(make_version("one", 1 << 20), guid="5"), "00" * 32, kind=StreamKind.NATIVE,
+        )  # fmt: skip
+        stream = ChunkStream(StreamKind.NATIVE, chunks())
+        return receive(context(self), request, stream, Cancellation(), Terms())[0]
+
+
+def test_a_placeholder_that_is_made_before_the_head_has_come() -> None:
+    pool = Racing(late=False)
+    assert pool.receive().guid == "5"
+    assert pool.received == [f"{ARRIVAL}@one"]
+    assert set(pool.rows) == {"tank/vm", "tank/vm/p", TOP, f"{TOP}@one"}
+
+
+def test_a_placeholder_that_is_made_after_the_head_has_come() -> None:
+    with pytest.raises(VolumeBusy) as caught:
+        Racing(late=True).receive()
+    assert caught.value.retryable
 
 
 @pytest.mark.parametrize("used", ["data", "snapshot"])
