@@ -66,17 +66,20 @@ class Pair:
         self.one.node.run("sh", "-c", fill, timeout=300)
 
     def begin(self) -> Background:
-        """Start a run and wait until the replica has a good part of it."""
+        """Start a run and wait until the target has made a good part of it durable."""
+        before = self.used()
         run = self.one.node.start("replicator", "sync", JOB, log="/root/sync.log")
-        until(lambda: self.received() > SIZE * 2 // 5, 600, lambda: run.said() + self.one.said() + self.two.said())
+
+        def far() -> bool:
+            return self.used() - before > SIZE * 2 // 5
+
+        until(far, 600, lambda: run.said() + self.one.said() + self.two.said())
+        assert run.running(), run.said()
         return run
 
-    def received(self) -> int:
-        """Bytes that the half-received snapshot takes on the target's disks, durable ones."""
-        said = self.two.node.run("zfs", "list", "-Hpo", "used", f"{REPLICA}/%recv", check=False).out.strip()
-        if not said:  # a first full has no other place than the dataset itself
-            said = self.two.node.run("zfs", "list", "-Hpo", "used", REPLICA, check=False).out.strip()
-        return int(said or 0)
+    def used(self) -> int:
+        """Bytes of the target's pool that the replica takes, with what is half received."""
+        return int(self.two.node.run("zfs", "list", "-Hpo", "used", REPLICA, check=False).out.strip() or 0)
 
     def wire(self, *, seen_by_target: bool = False) -> int:
         """Bytes that node 1 has sent to node 2 on the cluster network since the boot of the one that counts."""
