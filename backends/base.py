@@ -88,6 +88,10 @@ class Backend(Protocol):
         Partial or damaged leftovers are never listed as versions.
         """
 
+    def brief(self, volume: str) -> VolumeInfo | None:
+        """What :meth:`volumes` tells of this one, None if there is none; whatever the number of its versions, where the
+        storage can."""
+
     def states(self, volumes: Sequence[str]) -> tuple[VolumeListing, ...]:
         """See :meth:`replicator.endpoint.Endpoint.states`."""
 
@@ -203,6 +207,11 @@ class OneByOne(ABC):
     @abstractmethod
     def destroy(self, volume: str, version: VersionRef) -> None:
         """See :class:`Backend`."""
+
+    def brief(self, volume: str) -> VolumeInfo | None:
+        """See :class:`Backend`."""
+        state = self.state(volume)
+        return None if state is None else VolumeInfo(state.id, state.size, state.lineage, state.origin)
 
     def states(self, volumes: Sequence[str]) -> tuple[VolumeListing, ...]:
         """See :class:`Backend`."""

@@ -205,16 +205,26 @@ class LocalEndpoint:
     def _existing(self, volume: VolumeId) -> VolumeState:
         state = self.state(volume)
         if state is None:
-            raise NoSuchVolume(
-                f"node {self._node} has no volume {volume}", hint="`replicator status` lists the volumes of each job"
-            )
+            raise self._no_such(volume)
         return state
+
+    def _lineage(self, volume: VolumeId) -> Lineage | None:
+        """Of a volume that must exist."""
+        found = self._of(volume).brief(volume.name)
+        if found is None:
+            raise self._no_such(volume)
+        return found.lineage
+
+    def _no_such(self, volume: VolumeId) -> NoSuchVolume:
+        return NoSuchVolume(
+            f"node {self._node} has no volume {volume}", hint="`replicator status` lists the volumes of each job"
+        )
 
     # -- sources
 
     def ensure_primary(self, volume: VolumeId) -> Lineage:
         """See :class:`~replicator.endpoint.Endpoint`."""
-        lineage = self._existing(volume).lineage
+        lineage = self._lineage(volume)
         if lineage is not None and lineage.role is Role.PRIMARY:
             return lineage
         if lineage is not None:
@@ -224,7 +234,7 @@ class LocalEndpoint:
                 hint="replicate from its primary, or leave it out with a '!' pattern in the job's source",
             )
         with self._locks.writing(volume, "marking it as a primary"):
-            again = self._existing(volume).lineage  # somebody may have been faster
+            again = self._lineage(volume)  # somebody may have been faster
             if again is not None:
                 return again
             lineage = Lineage(str(uuid.uuid4()), Role.PRIMARY, 1)
@@ -302,8 +312,8 @@ class LocalEndpoint:
         """:raises NotAReplica: it is a volume of this node's own, in a storage where a peer may only change replicas"""
         if volume.storage not in self._replicas_only:
             return
-        state = self.state(volume)
-        if state is not None and (state.lineage is None or state.lineage.role is not Role.REPLICA):
+        found = self._of(volume).brief(volume.name)
+        if found is not None and (found.lineage is None or found.lineage.role is not Role.REPLICA):
             raise NotAReplica(
                 f"volume {volume} of node {self._node} is its own, and no replica",
                 hint=f"a resync from elsewhere cannot take it over: rename it, or resync on {self._node}",
@@ -321,7 +331,7 @@ class LocalEndpoint:
         backend = self._of(request.volume)
         with self._locks.writing(request.volume, f"receiving {request.to.name}"):
             if request.lineage is not None and request.mode is not ReceiveMode.RESTORE:
-                check_may_receive(request.volume, backend.state(request.volume.name), request.lineage)
+                check_may_receive(request.volume, backend.brief(request.volume.name), request.lineage)
             return backend.receive(request, stream, cancel)
 
     def _check_protectable(self, volume: VolumeId) -> None:

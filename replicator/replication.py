@@ -8,6 +8,7 @@ that it is durable, and the next run derives everything anew from what the two s
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from replicator.model import (
     StreamKind,
     Version,
     VolumeId,
+    VolumeInfo,
     VolumeState,
     clone_tag,
     verify_tag,
@@ -128,6 +130,28 @@ def new_key() -> str:
     return secrets.token_hex(KEY_SIZE)
 
 
+class Volumes:
+    """The volumes of storages, listed once however many ask. Thread-safe; for one run, and for looking things up that
+    are looked at again before anything is done."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._listed: dict[tuple[str, str], tuple[VolumeInfo, ...]] = {}
+
+    def of(self, endpoint: Endpoint, storage: str) -> tuple[VolumeInfo, ...]:
+        """As the first who asked has found them."""
+        with self._lock:
+            place = (endpoint.node, storage)
+            if place not in self._listed:
+                self._listed[place] = endpoint.volumes(storage)
+            return self._listed[place]
+
+    def forget(self) -> None:
+        """They are not as they were listed."""
+        with self._lock:
+            self._listed.clear()
+
+
 class Meter:
     """Counts a stream, tells the observer at most a few times a second, holds it back, and stops it on request."""
 
@@ -209,10 +233,24 @@ class ObservedStream(ChunkStream):
 
 
 class Replication:
-    """One run for one pair: plan, transfer step by step, try again where that may help."""
+    """One run for one pair: plan, transfer step by step, try again where that may help.
 
-    def __init__(self, pair: Pair, options: Options, *, observer: Observer, cancel: Cancellation) -> None:
+    :param volumes: shared by those that run or plan together
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        options: Options,
+        *,
+        observer: Observer,
+        cancel: Cancellation,
+        volumes: Volumes | None = None,
+    ) -> None:
         self._pair = pair
+        self._volumes = volumes or Volumes()
+        self._held: set[tuple[str, VolumeId, str, str]] = set()
+        self._released: set[tuple[str, VolumeId, str, str]] = set()
         self._options = options
         self._observer = observer
         self._cancel = cancel
@@ -239,23 +277,27 @@ class Replication:
         )
         renamed = None
         if target is None and Capability.RENAME in there.capabilities:
-            renamed = find_replica(pair, source.lineage)
+            renamed = find_replica(pair, source.lineage, self._volumes)
             target = pair.target.state(renamed) if renamed is not None else None
+            if renamed is not None and target is None:  # it has moved since, perhaps to where it should be
+                self._volumes.forget()
+                return self.plan()
         route = Route.between(pair.source_volume, here, pair.target.node, there)
         origin = OriginThere()
         if Capability.ORIGINS in here.capabilities & there.capabilities:
             origin = find_origin(pair, source, target, self._options.policy, route, first=self._options.origin_first)
         found = plan(source, target, self._options.policy, route, origin.clone, origin_passed=origin.passed)
         if isinstance(found, Recreated) and Capability.RENAME in there.capabilities:
-            found = replace(found, elsewhere=find_replica(pair, source.lineage))
+            found = replace(found, elsewhere=find_replica(pair, source.lineage, self._volumes))
         if isinstance(found, Plan) and target is not None and renamed is not None:
             note = f"the source was renamed: the replica {renamed} becomes {pair.target_volume}"
             found = replace(found, renamed=renamed, notes=(note, *found.notes))
         return found, source, target
 
-    def run(self) -> Outcome:
+    def run(self, listed: Listed | None = None) -> Outcome:
         """Bring the target to the source's newest version.
 
+        :param listed: both sides, where they were listed just now; whatever is done looks at them again
         :raises ConflictError: the two sides cannot be reconciled without a decision
         :raises ReplicatorError: the last attempt's error; what was committed before it stays, see ``outcome``
         """
@@ -263,9 +305,10 @@ class Replication:
             self.outcome.attempts += 1
             before = self.outcome.steps, self.outcome.done
             try:
-                while not self._once():
-                    pass
+                while not self._once(listed):
+                    listed = None
             except ReplicatorError as error:
+                listed = None
                 if self._cancel.cancelled or not error.retryable:
                     raise
                 moved = (self.outcome.steps, self.outcome.done) != before
@@ -276,12 +319,17 @@ class Replication:
             else:
                 return self.outcome
 
-    def _once(self) -> bool:
+    def _once(self, listed: Listed | None) -> bool:
         """Plan and do its steps; whether the plan was done to its end (False: plan again)."""
         self._cancel.check()
         pair = self._pair
-        lineage = pair.source.ensure_primary(pair.source_volume)
-        found, source, target = self.plan()
+        self._held.clear()
+        self._released.clear()
+        found, source, target = self.plan(listed)
+        lineage = source.lineage
+        if lineage is None or lineage.role is not Role.PRIMARY:
+            lineage = pair.source.ensure_primary(pair.source_volume)
+            found, source, target = self.plan()
         if not isinstance(found, Plan):
             raise found.to_error()
         self.outcome.origins = origin_guids(source, self._options.policy)
@@ -331,15 +379,15 @@ class Replication:
     ) -> Version:
         """Send one step and return the target's new version."""
         pair, cancel = self._pair, self._cancel
-        pair.source.hold(pair.source_volume, step.to.ref, pair.tag)
+        self._hold(pair.source, pair.source_volume, step.to)
         if step.clone is not None:
             origin = step.clone
             pair.source.hold(origin.source, origin.common.source.ref, clone_tag(pair.tag))
             pair.target.hold(origin.target, origin.common.target.ref, clone_tag(pair.tag))
         elif step.base is not None and step.base.kind is not step.base.kind.BOOKMARK:
-            pair.source.hold(pair.source_volume, step.base.ref, pair.tag)
+            self._hold(pair.source, pair.source_volume, step.base)
         if step.target_base is not None and step.clone is None:
-            pair.target.hold(pair.target_volume, step.target_base.ref, pair.tag)
+            self._hold(pair.target, pair.target_volume, step.target_base)
         key = new_key()
         send = SendRequest(
             pair.source_volume,
@@ -378,7 +426,23 @@ class Replication:
                 with ObservedStream(stream, meter, watchdog, self._options, part) as chunks:
                     committed = pair.target.receive(receive, chunks, part)
                 meter.finish()
+        self._held.add((pair.target.node, pair.target_volume, committed.guid, pair.tag))
         return committed
+
+    def _hold(self, endpoint: Endpoint, volume: VolumeId, version: Version) -> None:
+        """Hold a version, unless it is known to be held."""
+        tag = self._pair.tag
+        mark = (endpoint.node, volume, version.guid, tag)
+        if tag not in version.holds and mark not in self._held:
+            endpoint.hold(volume, version.ref, tag)
+            self._held.add(mark)
+
+    def _release(self, endpoint: Endpoint, volume: VolumeId, version: Version, tag: str) -> None:
+        """Release a version, unless that is done."""
+        mark = (endpoint.node, volume, version.guid, tag)
+        if mark not in self._released:
+            endpoint.release(volume, version.ref, tag)
+            self._released.add(mark)
 
     def _properties(self) -> tuple[Property, ...]:
         """The source's, for a target that may take them over; asked for once."""
@@ -396,9 +460,9 @@ class Replication:
             pair.target.release(step.clone.target, step.clone.common.target.ref, clone_tag(pair.tag))
             return
         if step.base is not None and step.base.guid != committed.guid:
-            pair.source.release(pair.source_volume, step.base.ref, pair.tag)
+            self._release(pair.source, pair.source_volume, step.base, pair.tag)
         if step.target_base is not None and step.target_base.guid != committed.guid:
-            pair.target.release(pair.target_volume, step.target_base.ref, pair.tag)
+            self._release(pair.target, pair.target_volume, step.target_base, pair.tag)
 
     def _tidy_holds(self, source: VolumeState, target: VolumeState | None, newest: Version) -> None:
         """Release holds of ours that an earlier, interrupted run left; make sure the newest common version has one."""
@@ -410,21 +474,24 @@ class Replication:
             if state is None:
                 continue
             common = state.by_guid(newest.guid)
-            if common is not None and common in state.snapshots and pair.tag not in common.holds:
-                endpoint.hold(volume, common.ref, pair.tag)
+            if common is not None and common in state.snapshots:
+                self._hold(endpoint, volume, common)
             stale = stale_holds(state, pair.tag, frozenset({newest.guid}))
             for work in (clone_tag(pair.tag), verify_tag(pair.tag)):
                 stale += stale_holds(state, work, frozenset())
             for version, tag in stale:
-                endpoint.release(volume, version.ref, tag)
+                self._release(endpoint, volume, version, tag)
 
 
-def find_replica(pair: Pair, lineage: Lineage | None) -> VolumeId | None:
+def find_replica(pair: Pair, lineage: Lineage | None, volumes: Volumes | None = None) -> VolumeId | None:
     """A replica of that lineage on the target which has another name than it should: its source was renamed, or the
-    job's ``replica_path`` changed. What a resync kept aside is not one."""
+    job's ``replica_path`` changed. What a resync kept aside is not one.
+
+    :param volumes: where they may be listed already
+    """
     if lineage is None:
         return None
-    for volume in pair.target.volumes(pair.target_volume.storage):
+    for volume in (volumes or Volumes()).of(pair.target, pair.target_volume.storage):
         theirs = volume.lineage
         aside = f"-{DIVERGED_PREFIX}" in volume.id.name
         if aside or theirs is None or volume.id in (pair.target_volume, pair.source_volume):

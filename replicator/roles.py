@@ -6,7 +6,7 @@ Checked by the endpoint before a storage is touched, and again by each backend u
 from __future__ import annotations
 
 from replicator.errors import NotAReplica, StaleEpoch
-from replicator.model import Lineage, Role, VolumeId, VolumeState
+from replicator.model import Lineage, Role, VolumeId, VolumeInfo, VolumeState
 
 
 def stale_epoch(volume: VolumeId, mine: Lineage, sender: Lineage) -> StaleEpoch:
@@ -17,7 +17,7 @@ def stale_epoch(volume: VolumeId, mine: Lineage, sender: Lineage) -> StaleEpoch:
     )
 
 
-def check_may_receive(volume: VolumeId, state: VolumeState | None, sender: Lineage) -> None:
+def check_may_receive(volume: VolumeId, state: VolumeState | VolumeInfo | None, sender: Lineage) -> None:
     """Whether a volume may take data of ``sender``: nothing there yet, or a replica of the same lineage and epoch.
 
     :raises NotAReplica, StaleEpoch:

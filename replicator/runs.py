@@ -33,11 +33,11 @@ from replicator.model import (
 )
 from replicator.origins import origins_of
 from replicator.planning import Common, Plan, SendPolicy, newest_common, origin_guids
-from replicator.replication import Limits, Listed, Options, Pacer, Pair, Replication
+from replicator.replication import Limits, Listed, Options, Pacer, Pair, Replication, Volumes
 from replicator.selection import included_storages, select
 from replicator.setting_types import Target
 from replicator.settings import Job
-from replicator.settling import Place, heads, heads_of, settled, states_of
+from replicator.settling import Place, RunListing, heads, heads_of, settled, states_of
 from replicator.tidying import Tidying
 from replicator.tracker import ReplicaKey, Tracker
 
@@ -275,15 +275,20 @@ class Runner:
                 if _skips_unchanged(task.job):
                     quiet.add(task.pair.source_volume)
         found = {}
+        volumes = Volumes()
         for task in tasks:
             here, there = (states.get(place) for place in _places(task.pair))
             listed = (here, there) if here is not None and there is not None else None
-            survey = self._survey(task, listed, as_of.get(task.key), sizes)
+            survey = self._survey(task, listed, as_of.get(task.key), sizes, volumes)
             found[task.key] = replace(survey, quiet=task.pair.source_volume in quiet)
         return found
 
-    def _survey(self, task: Task, listed: Listed | None, as_of: datetime | None, sizes: bool) -> Survey:
-        replication = Replication(task.pair, self.options(task), observer=_ignore, cancel=Cancellation())
+    def _survey(
+        self, task: Task, listed: Listed | None, as_of: datetime | None, sizes: bool, volumes: Volumes | None = None
+    ) -> Survey:
+        replication = Replication(
+            task.pair, self.options(task), observer=_ignore, cancel=Cancellation(), volumes=volumes
+        )
         try:
             found, source, target = replication.plan(listed)
             common = newest_common(source, target)
@@ -402,12 +407,13 @@ class Runner:
                     reports.append(self._settle(task, entry, as_of, time.monotonic() - began))
                     listen(reports[-1])
         waiting = [(task, entry) for entry in runs.values() for task in entry.tasks if task.key not in entry.settled]
+        listing = RunListing([task.pair for task, entry in waiting if entry.error is None])
         with ThreadPoolExecutor(min(WORKERS, max(1, len(waiting))), thread_name_prefix=f"run-{job.name}") as pool:
             running: dict[Future[RunReport], Task] = {}
             while waiting or running:
                 ready = ready_tasks([task for task, _ in waiting], running.values())
                 for task, entry in [item for item in waiting if item[0].key in ready]:
-                    running[pool.submit(self._run_task, task, entry, listen, cancel)] = task
+                    running[pool.submit(self._run_task, task, entry, listing, listen, cancel)] = task
                 waiting = [item for item in waiting if item[0].key not in ready]
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     del running[future]
@@ -471,10 +477,18 @@ class Runner:
         self._finish(task, report, as_of, common.source, as_of)
         return report
 
-    def _run_task(self, task: Task, entry: _VolumeRun, listen: Listener, cancel: Cancellation) -> RunReport:
+    def _run_task(
+        self, task: Task, entry: _VolumeRun, listing: RunListing, listen: Listener, cancel: Cancellation
+    ) -> RunReport:
         started, began = self._clock(), time.monotonic()
         report = RunReport(task.job.name, task.key.volume, task.key.target, "ok", 0.0, 0, 0, 0)
-        replication = Replication(task.pair, self.options(task), observer=self._observer(task, listen), cancel=cancel)
+        replication = Replication(
+            task.pair,
+            self.options(task),
+            observer=self._observer(task, listen),
+            cancel=cancel,
+            volumes=listing.volumes,
+        )
         newest: Version | None = None
         try:
             if entry.error is not None:
@@ -484,7 +498,7 @@ class Runner:
                 self.tracker.running(task.key),
             ):
                 began = time.monotonic()
-                outcome = replication.run()
+                outcome = replication.run(listing.of(task.pair))
                 newest = outcome.newest
                 if newest is not None:
                     entry.protect |= {newest.guid, *outcome.origins}

@@ -10,6 +10,7 @@ What is settled here is so as of the moment at which the question was asked: eve
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -18,7 +19,7 @@ from replicator.endpoint import Endpoint, Head, VolumeListing
 from replicator.errors import ReplicatorError
 from replicator.model import Role, VolumeId
 from replicator.planning import Common, SendPolicy
-from replicator.replication import Pair
+from replicator.replication import Listed, Pair, Volumes
 
 LOG = logging.getLogger(__name__)
 
@@ -87,3 +88,29 @@ def _at_once(
     with ThreadPoolExecutor(len(asked), thread_name_prefix="list") as pool:
         answers = pool.map(lambda each: ask(each[0], tuple(each[1])), asked.values())
         return {place: found for answer in answers for place, found in answer}
+
+
+class RunListing:
+    """What a run has listed of both sides of all that it is to bring over, in one listing of each storage. Thread-safe.
+
+    A plan may be made from it as long as it is fresh; what is waited for longer than that is listed again by itself.
+    """
+
+    FRESH = 60.0
+    """Seconds."""
+
+    def __init__(self, pairs: Sequence[Pair], clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._until = clock() + self.FRESH
+        self._states = states_of(pairs)
+        self.volumes = Volumes()
+
+    def of(self, pair: Pair) -> Listed | None:
+        """Both sides as they were listed; None where that is too long ago, or failed."""
+        if self._clock() > self._until:
+            self._states = {}
+        here = self._states.get((pair.source.node, pair.source_volume))
+        there = self._states.get((pair.target.node, pair.target_volume))
+        if here is None or there is None or here.error is not None or there.error is not None:
+            return None
+        return here, there

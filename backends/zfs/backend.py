@@ -218,6 +218,16 @@ class ZfsBackend(OneByOne):
         """See :class:`~backends.base.Backend`."""
         return many.state_of(self._context, volume, aside.look(self._context, volume))
 
+    def brief(self, volume: str) -> VolumeInfo | None:
+        """See :class:`~backends.base.Backend`."""
+        dataset = self._context.glance(volume, ())
+        if dataset is not None and dataset.is_placeholder:  # what it stands for may be arriving
+            dataset = aside.look(self._context, volume)
+        if dataset is None or dataset.is_placeholder:
+            return None
+        origin = many.origin_of(self._context, dataset)
+        return VolumeInfo(VolumeId(self.name, volume), dataset.volsize, dataset.lineage, origin)
+
     def states(self, volumes: Sequence[str]) -> tuple[VolumeListing, ...]:
         """See :class:`~backends.base.Backend`."""
         try:
@@ -278,35 +288,34 @@ class ZfsBackend(OneByOne):
 
     def destroy_all(self, volume: str, versions: Sequence[VersionRef]) -> dict[VersionRef, ReplicatorError]:
         """See :class:`~backends.base.Backend`."""
-        dataset = self._context.look(volume)
+        dataset = self._context.glance(volume, versions, holds=True)
         return destroying.destroy_all(self._context, volume, dataset, versions) if dataset is not None else {}
 
     def _find(self, volume: str, ref: VersionRef, kind: VersionKind) -> tuple[Dataset, Version] | None:
-        dataset = self._context.look(volume)
+        dataset = self._context.glance(volume, (ref,))
         found = dataset.find(ref.guid, kind) if dataset is not None else None
         return (dataset, found) if dataset is not None and found is not None else None
 
     def hold(self, volume: str, version: VersionRef, tag: str) -> None:
         """See :class:`~backends.base.Backend`."""
         names.check_tag(tag)
-        dataset = self._context.look(volume)
+        dataset = self._context.glance(volume, (version,))
         found = dataset.find(version.guid) if dataset is not None else None
         if dataset is None or found is None:
             raise self._context.no_such(volume, version)
-        if tag not in found.holds:
-            replica.hold(self._context, dataset.name, found, tag)
+        replica.hold(self._context, dataset.name, found, tag)
         if dataset.lineage is not None and dataset.lineage.role is Role.PRIMARY:
             cursors.make(self._context, dataset, found, tag)
 
     def release(self, volume: str, version: VersionRef, tag: str) -> None:
         """See :class:`~backends.base.Backend`."""
         names.check_tag(tag)
-        dataset = self._context.look(volume)
+        dataset = self._context.glance(volume, (version,))
         if dataset is None:
             return
         cursors.remove(self._context, dataset, version.guid, tag)
         found = dataset.find(version.guid)
-        if found is None or tag not in found.holds:
+        if found is None:
             return
         self._context.library.release(self._context.full_name(dataset.name, found), tag)
 
@@ -373,7 +382,7 @@ class ZfsBackend(OneByOne):
 
     def properties(self, volume: str) -> tuple[Property, ...]:
         """See :class:`~backends.base.Backend`."""
-        return taking_over.offered(self._context, self._context.require(volume).name)
+        return taking_over.offered(self._context, self._context.names.dataset(volume))
 
     def clone(self, volume: str, version: VersionRef, new: str) -> VolumeInfo:
         """See :class:`~backends.base.Backend`. A filesystem is not mounted by that."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from backends.zfs.commands import CHANGE_DEADLINE, Finished, Runner
@@ -11,8 +11,12 @@ from backends.zfs.failures import Operation, failure, is_missing
 from backends.zfs.library import Library
 from backends.zfs.listing import Dataset, Listing
 from backends.zfs.naming import DatasetNames
+from backends.zfs.properties import UNSET
 from replicator.errors import NoSuchSnapshot, NoSuchVolume
 from replicator.model import Version, VersionKind, VersionRef
+
+GLANCE = 100
+"""Snapshots that are looked at by their names; more are found in the whole listing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +77,33 @@ class Context:
             return None
         return found
 
-    def require(self, volume: str) -> Dataset:
-        """A volume that must exist. :raises NoSuchVolume:"""
-        found = self.look(volume)
+    def glance(self, volume: str, refs: Sequence[VersionRef], *, holds: bool = False) -> Dataset | None:
+        """A volume with at least those versions that it has of these: one command where they are snapshots, few, and
+        called as they were, whatever the number of the others. A version is found by its guid all the same.
+
+        :param holds: whether those of the versions are looked up; else they may seem to have none
+        :raises StorageUnavailable: the whole storage is not there
+        """
+        if len(refs) > GLANCE or any(ref.kind is not VersionKind.SNAPSHOT for ref in refs):
+            return self.look(volume)
+        found = self.listing.some(
+            self.names.dataset(volume), tuple(dict.fromkeys(ref.name for ref in refs)), holds=holds
+        )
+        if found is None:
+            self.require_root()
+            return None
+        if any(found.find(ref.guid) is None for ref in refs):
+            return self.look(volume)
+        # Whose lineage it is may be told by a snapshot that was not asked for.
+        known = found.lineage is not None or found.of in (UNSET, found.guid)
+        return found if known else self.look(volume)
+
+    def require(self, volume: str, only: Sequence[VersionRef] | None = None) -> Dataset:
+        """A volume that must exist. :raises NoSuchVolume:
+
+        :param only: the versions that matter, see :meth:`glance`; None: all
+        """
+        found = self.look(volume) if only is None else self.glance(volume, only)
         if found is None or found.is_placeholder:
             raise NoSuchVolume(
                 f"there is no volume {self.names.label(volume)}",

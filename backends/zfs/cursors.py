@@ -9,7 +9,7 @@ from __future__ import annotations
 from backends.zfs.context import Context
 from backends.zfs.listing import Dataset
 from backends.zfs.naming import MAX_DATASET
-from replicator.model import Version, VersionKind, cursor_name, has_cursor
+from replicator.model import Role, Version, VersionKind, cursor_name, has_cursor
 
 
 def make(context: Context, dataset: Dataset, version: Version, tag: str) -> None:
@@ -23,7 +23,9 @@ def make(context: Context, dataset: Dataset, version: Version, tag: str) -> None
 def remove(context: Context, dataset: Dataset, guid: str, tag: str) -> None:
     """Destroy the bookmark that goes with a hold, if it is there."""
     name = _name(dataset, guid, tag)
-    if not any(v.name == name and v.kind is VersionKind.BOOKMARK for v in dataset.versions):
+    primary = dataset.lineage is not None and dataset.lineage.role is Role.PRIMARY
+    listed = any(v.name == name and v.kind is VersionKind.BOOKMARK for v in dataset.versions)
+    if name is None or not (primary or listed):  # a replica has one only if it was a primary before
         return
     for error in context.library.destroy([f"{dataset.name}#{name}"]).values():
         raise error

@@ -30,7 +30,9 @@ COLUMNS = (
     "receive_resume_token",
     *properties.READ,
 )
-"""Properties that listings ask for: no more than is used, because each costs time on every snapshot."""
+"""Properties that listings ask for of datasets: no more than is used."""
+SNAPSHOT_COLUMNS = ("name", "type", "guid", "createtxg", "creation", "userrefs", "volsize")
+"""Those of snapshots: each costs time on every one of them."""
 _NO_VALUE = "-"
 _HOLDS_AT_ONCE = 500
 
@@ -150,36 +152,63 @@ class Listing:
         self._names = dataset_names
         self._runner = runner
 
-    def rows(self, argv: Sequence[str], doing: str, dataset: str) -> list[Row] | None:
+    def rows(self, argv: Sequence[str], doing: str, dataset: str, columns: Sequence[str] = COLUMNS) -> list[Row] | None:
         """The rows of a zfs list with our columns; None where the dataset does not exist.
 
         :raises StorageError: it failed for another reason
         """
-        command = ("zfs", "list", "-H", "-p", "-o", ",".join(COLUMNS), *argv)
+        command = ("zfs", "list", "-H", "-p", "-o", ",".join(columns), *argv)
         done = self._runner.run(command, LIST_DEADLINE)
         if is_missing(done):
             return None
         if done.status != 0:
             raise failure(done, Operation(self._names.storage, dataset, doing))
-        return list(parse(done.output))
+        return list(parse(done.output, columns))
 
     def dataset(self, name: str) -> Dataset | None:
-        """One dataset with its versions, their holds and its children; None if there is none."""
-        rows = self.rows(
-            ("-d", "1", "-t", "filesystem,volume,snapshot,bookmark", name), "listing the snapshots of", name
-        )
-        if rows is None:
+        """One dataset with its versions, their holds and its children; None if there is none.
+
+        The dataset before its snapshots: one that was written to and snapshotted meanwhile has a newer snapshot.
+        """
+        rows = self.rows(("-d", "1", "-t", "filesystem,volume,bookmark", name), "looking at", name)
+        head = next((row for row in rows or () if row.name == name), None)
+        if rows is None or head is None:
             return None
-        head = next((row for row in rows if row.name == name), None)
-        if head is None:
+        snapshots = self.rows(("-d", "1", "-t", "snapshot", name), "listing the snapshots of", name, SNAPSHOT_COLUMNS)
+        if snapshots is None:
             return None
         problems: list[str] = []
-        own = [row for row in rows if row.type in ("snapshot", "bookmark")]
-        held = self.holds([row.name for row in own if row.type == "snapshot" and (row.number("userrefs") or 0) > 0])
+        own = [
+            *(row for row in snapshots if row.name.startswith(f"{name}@")),
+            *(row for row in rows if row.name.startswith(f"{name}#")),
+        ]
+        held = self.holds(_held(own))
         versions = ordered_versions(own, held, problems)
         found = dataset_of(head, {v.guid for v in versions}, problems)
         children = tuple(row.name for row in rows if row.name.startswith(f"{name}/"))
         return replace(found, versions=tuple(versions), children=children, problems=tuple(problems))
+
+    def some(self, name: str, snapshots: Sequence[str], *, holds: bool) -> Dataset | None:
+        """One dataset with these of its snapshots, as far as they exist; None if there is no such dataset.
+
+        :param holds: whether theirs are looked up
+
+        A lineage that belongs to it by the guid of another snapshot is not recognised: then :attr:`Dataset.of` is not
+        its own guid.
+        """
+        command = ("zfs", "list", "-H", "-p", "-o", ",".join(COLUMNS), "-t", "filesystem,volume,snapshot", name)
+        done = self._runner.run((*command, *(f"{name}@{snapshot}" for snapshot in snapshots)), LIST_DEADLINE)
+        if done.status != 0 and not is_missing(done):
+            raise failure(done, Operation(self._names.storage, name, "looking at"))
+        rows = list(parse(done.output))
+        head = next((row for row in rows if row.name == name), None)
+        if head is None:
+            return None
+        problems: list[str] = []
+        own = [row for row in rows if row.type == "snapshot"]
+        versions = ordered_versions(own, self.holds(_held(own)) if holds else {}, problems)
+        found = dataset_of(head, {v.guid for v in versions}, problems)
+        return replace(found, versions=tuple(versions), problems=tuple(problems))
 
     def quick(self, name: str) -> Dataset | None:
         """One dataset without its versions and children; None if there is none.
@@ -242,6 +271,10 @@ class Listing:
                 if tag:
                     found.setdefault(name, []).append(tag)
         return {name: tuple(sorted(tags)) for name, tags in found.items()}
+
+
+def _held(rows: Iterable[Row]) -> list[str]:
+    return [row.name for row in rows if row.type == "snapshot" and (row.number("userrefs") or 0) > 0]
 
 
 def _owned_by_a_snapshot(row: Row, owners: dict[str, str]) -> bool:

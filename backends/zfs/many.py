@@ -20,7 +20,16 @@ from backends.zfs import aside, placeholders, properties
 from backends.zfs.commands import LIST_DEADLINE
 from backends.zfs.context import Context
 from backends.zfs.failures import Operation, failure, is_missing
-from backends.zfs.listing import COLUMNS, Dataset, Row, dataset_of, ordered_versions, parse, versions_of
+from backends.zfs.listing import (
+    COLUMNS,
+    SNAPSHOT_COLUMNS,
+    Dataset,
+    Row,
+    dataset_of,
+    ordered_versions,
+    parse,
+    versions_of,
+)
 from replicator.endpoint import Head
 from replicator.errors import InvalidName
 from replicator.model import Origin, Version, VolumeId, VolumeState
@@ -28,7 +37,6 @@ from replicator.names import check_snapshot
 
 _NEWEST = "prevsnap"
 HEAD_COLUMNS = (*COLUMNS, _NEWEST)
-SNAPSHOT_COLUMNS = ("name", "type", "guid", "createtxg", "creation", "userrefs", "volsize")
 SYNC_DEADLINE = 60.0
 """Seconds; a pool that takes longer is busy or suspended, and nothing is known of it then."""
 _ARGUMENTS = 96 << 10

@@ -348,7 +348,7 @@ class _Receive:
     def _committed(self, form: StreamForm) -> Version:
         if self._place != self._dataset:
             placeholders.settle(self._context, self._dataset)
-        there = self._context.require(self._volume)
+        there = self._context.require(self._volume, (self._request.to.ref,))
         self._pin(there, form)
         self._received = there
         found = there.find(self._request.to.guid)

@@ -170,10 +170,14 @@ def estimate(
     context: Context, volume: str, base: VersionRef | None, to: VersionRef, *, intermediates: bool
 ) -> int | None:
     """See :meth:`backends.base.Backend.estimate`."""
-    dataset = context.require(volume)
+    dataset = context.require(volume, _only(base, to))
     target = context.snapshot(volume, dataset, to)
     source = base_of(context, volume, dataset, base)
     return size_of(context, dataset, source, target, intermediates and source in dataset.snapshots)
+
+
+def _only(base: VersionRef | None, to: VersionRef) -> tuple[VersionRef, ...]:
+    return (to,) if base is None else (base, to)
 
 
 def open_stream(context: Context, request: SendRequest, cancel: Cancellation) -> Stream:
@@ -183,7 +187,7 @@ def open_stream(context: Context, request: SendRequest, cancel: Cancellation) ->
         raise Unsupported(
             f"storage {context.storage} sends whole differences, not ranges of blocks", hint="resync it as a ZFS volume"
         )
-    dataset = context.require(volume)
+    dataset = context.require(volume, None if request.intermediates else _only(request.base, request.to))
     to = context.snapshot(volume, dataset, request.to)
     base = base_of(context, volume, dataset, request.base)
     if base is not None and base.position >= to.position:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from backends.zfs.commands import Finished, Process
@@ -69,6 +69,25 @@ def row(name: str, kind: str = "volume", **values: object) -> str:
     """A line of the listing; what is not given is "-"."""
     given = {"name": name, "type": kind, **{key.replace("__", ":"): str(value) for key, value in values.items()}}
     return "\t".join(given.get(column, "-") for column in COLUMNS)
+
+
+def shown(rows: Iterable[str], argv: Sequence[str]) -> str:
+    """Those of these rows (of :func:`row`) that a zfs list shows, in the columns that it asks for."""
+    args = list(argv)
+    types = args[args.index("-t") + 1].split(",") if "-t" in args else ["filesystem", "volume"]
+    columns = args[args.index("-o") + 1].split(",")
+    below = "-d" in args or "-r" in args
+    lines = []
+    for line in rows:
+        values = dict(zip(COLUMNS, line.split("\t"), strict=True))
+        if values["type"] in types and (below or values["name"] in args):
+            lines.append("\t".join(values.get(column, "-") for column in columns) + "\n")
+    return "".join(lines)
+
+
+def listing(*rows: str) -> Callable[[tuple[str, ...]], str]:
+    """What zfs list answers where these are all that there is."""
+    return lambda argv: shown(rows, argv)
 
 
 Answer = Finished | str | Callable[[tuple[str, ...]], "Finished | str"]

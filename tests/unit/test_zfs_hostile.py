@@ -38,7 +38,7 @@ from replicator.errors import (
 from replicator.model import Lineage, ResumeState, Role, StreamKind, Version, VersionRef, VolumeId
 from replicator.streams import CHUNK_SIZE, Chunk, ChunkStream, NativeChunk
 from tests.support.blocks import make_version, pattern
-from tests.support.zfs_records import RecordedRunner, Values, make_head, make_token, row
+from tests.support.zfs_records import RecordedRunner, Values, listing, make_head, make_token, row, shown
 
 NAMES = DatasetNames("store", "tank/vm")
 UUID = "6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00"
@@ -58,7 +58,7 @@ def continue_with(token: str, *, encryption: str, form: str, base: int | None) -
         row("tank/vm/a@one", "snapshot", guid=2, createtxg=10, creation=1),
         row("tank/vm/a@two", "snapshot", guid=3, createtxg=20, creation=1),
     )
-    runner = RecordedRunner({("zfs", "list"): "\n".join(listed), ("zfs", "send", "-n"): "size\t10\n"})
+    runner = RecordedRunner({("zfs", "list"): listing(*listed), ("zfs", "send", "-n"): "size\t10\n"})
     context = Context(NAMES, runner, Listing(NAMES, runner), lambda: CommandLibrary("store", runner))
     resume = ResumeState(StreamKind.NATIVE, "3", "two", str(base) if base else None, 0, token)
     request = SendRequest(
@@ -143,6 +143,7 @@ class Target(RecordedRunner):
         if argv[1] != "list":
             return super().run(argv, deadline)
         rows = [
+            row("tank/vm", "filesystem", guid=99),
             row(
                 REPLICA, guid=100, replicator__lineage=UUID, replicator__role="replica", replicator__epoch=3,
                 replicator__of=100, replicator__stream="plain",
@@ -152,7 +153,7 @@ class Target(RecordedRunner):
         for number, received in enumerate(self.received):
             guid = read_head(self.arrived(number)).to_guid
             rows.append(row(received[-1], "snapshot", guid=guid, createtxg=number + 2, creation=1))
-        return Finished(tuple(argv), 0, "\n".join(rows), "")
+        return Finished(tuple(argv), 0, shown(rows, argv), "")
 
     def write_to(self, argv: Sequence[str]) -> Process:
         self.received.append(tuple(argv))
@@ -370,7 +371,7 @@ def test_a_batch_has_one_stream_for_each_snapshot(base: tuple[str, str] | None) 
     for number, name in enumerate(("one", "two", "three", "four"), 1):
         listed.append(row(f"tank/vm/a@{name}", "snapshot", guid=number, createtxg=number * 10, creation=1))
         listed.append(row(f"tank/vm/a#mark {name}", "bookmark", guid=number, createtxg=number * 10, creation=1))
-    source = Source({("zfs", "list"): "\n".join(listed), ("zfs", "send", "-n"): "size\t10\n"})
+    source = Source({("zfs", "list"): listing(*listed), ("zfs", "send", "-n"): "size\t10\n"})
     context = Context(NAMES, source, Listing(NAMES, source), lambda: CommandLibrary("store", source))
     request = SendRequest(
         VolumeId("store", "a"), VersionRef(*base) if base else None, VersionRef("three", "3"), "00" * 32,

@@ -51,7 +51,7 @@ from replicator.settings import Job
 from replicator.streams import BLOCK_SIZE, ChunkStream, NativeChunk, Stream
 from replicator.tracker import ReplicaKey, Tracker
 from replicator.verification import Method, Mismatch, Verification
-from tests.support.zfs_records import RecordedRunner, failed, row
+from tests.support.zfs_records import RecordedRunner, failed, listing, row
 from transport import checksum
 
 HISTORY = """History for 'tank':
@@ -140,7 +140,7 @@ def test_damage_is_attributed_and_what_has_no_name_counts() -> None:
 
 def backend(**answers: object) -> ZfsBackend:
     record = {
-        ("zfs", "list"): row("tank/vm/a", "filesystem", guid="1", written="0"),
+        ("zfs", "list"): listing(row("tank/vm/a", "filesystem", guid="1", written="0")),
         ("zpool", "status"): DAMAGED,
         ("zpool", "history"): HISTORY,
         ("zpool", "list"): "1000\n",
@@ -183,11 +183,9 @@ def test_a_scrub_that_runs_already_is_no_error() -> None:
 
 
 def test_an_encrypted_volume_without_its_key_cannot_be_read() -> None:
-    rows = "\n".join(
-        (
-            row("tank/vm/a", "filesystem", guid="1", written="0", encryption="aes-256-gcm"),
-            row("tank/vm/a@one", "snapshot", guid="7", createtxg="5", creation="5"),
-        )
+    rows = listing(
+        row("tank/vm/a", "filesystem", guid="1", written="0", encryption="aes-256-gcm"),
+        row("tank/vm/a@one", "snapshot", guid="7", createtxg="5", creation="5"),
     )
     store = backend(zfs_list=rows, zfs_get="unavailable\n")
     with pytest.raises(NotReadable, match="key is not loaded") as raised:

@@ -10,11 +10,11 @@ import pytest
 from backends.zfs import ZfsBackend, many
 from backends.zfs.commands import Finished
 from backends.zfs.library import AT_ONCE
-from backends.zfs.listing import COLUMNS
-from backends.zfs.many import HEAD_COLUMNS, SNAPSHOT_COLUMNS
-from replicator.errors import ReplicatorError, SnapshotHeld, StorageUnavailable, VolumeBusy
+from backends.zfs.listing import COLUMNS, SNAPSHOT_COLUMNS
+from backends.zfs.many import HEAD_COLUMNS
+from replicator.errors import NoSuchSnapshot, ReplicatorError, SnapshotHeld, StorageUnavailable, VolumeBusy
 from replicator.model import Lineage, Role, VersionKind, VersionRef, VolumeId
-from tests.support.zfs_records import Answer, RecordedRunner, failed, row
+from tests.support.zfs_records import Answer, RecordedRunner, failed, listing, row
 from transport import checksum
 
 UUID = "6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00"
@@ -43,12 +43,15 @@ def snapshot(name: str, guid: int, **values: object) -> str:
 
 def backend(**answers: Answer) -> tuple[ZfsBackend, RecordedRunner]:
     """A storage with the root tank/vm; what each kind of command answers."""
+    datasets = answers.pop("datasets", "")
     record: dict[tuple[str, ...], Answer] = {
         ("zpool", "sync", "tank"): "",
         ("zfs", "holds"): answers.pop("holds", ""),
         ("zfs", "list", "-H", "-p", "-o", ",".join(HEAD_COLUMNS)): answers.pop("heads", ""),
-        ("zfs", "list", "-H", "-p", "-o", ",".join(SNAPSHOT_COLUMNS)): answers.pop("snapshots", ""),
-        ("zfs", "list", "-H", "-p", "-o", ",".join(COLUMNS)): answers.pop("datasets", ""),
+        ("zfs", "list", "-H", "-p", "-o", ",".join(SNAPSHOT_COLUMNS)): answers.pop(
+            "snapshots", datasets if callable(datasets) else ""
+        ),
+        ("zfs", "list", "-H", "-p", "-o", ",".join(COLUMNS)): datasets,
         ("zfs", "list", "-H", "-o", "name"): answers.pop("names", "tank/vm\n"),
         ("zfs", "destroy"): answers.pop("destroy", ""),
     }
@@ -226,13 +229,13 @@ def test_a_batch_is_estimated_with_all_that_is_in_it() -> None:
 # -- destroying
 
 
-def volume_of(count: int, **held: str) -> tuple[str, str]:
+def volume_of(count: int, **held: str) -> tuple[Answer, str]:
     rows = [row("tank/vm/a", guid=9)]
     for number in range(count):
         name = f"tank/vm/a@s{number}"
         userrefs = int(f"s{number}" in held)
         rows.append(row(name, "snapshot", guid=number + 1, createtxg=number, creation=1, userrefs=userrefs))
-    return "\n".join(rows), "\n".join(f"tank/vm/a@{name}\t{tag}\tFri Nov 20" for name, tag in held.items())
+    return listing(*rows), "\n".join(f"tank/vm/a@{name}\t{tag}\tFri Nov 20" for name, tag in held.items())
 
 
 def refs(*numbers: int) -> list[VersionRef]:
@@ -283,3 +286,30 @@ def test_one_that_went_meanwhile_is_no_failure() -> None:
     store, _ = backend(datasets=listed, destroy=gone)
     assert store.destroy_all("a", refs(*range(4))) == {}
     assert store.destroy_all("a", []) == {}
+
+
+def test_what_is_called_like_it_is_not_destroyed_and_what_was_renamed_is() -> None:
+    listed, _ = volume_of(3)
+    store, runner = backend(datasets=listed)
+    other, renamed = VersionRef("s0", "77"), VersionRef("old name", "2")
+    assert store.destroy_all("a", [other]) == {}
+    store.destroy("a", other)
+    assert destroyed(runner) == []
+    assert store.destroy_all("a", [renamed]) == {}
+    assert destroyed(runner) == ["tank/vm/a@s1"]
+
+
+def test_a_lineage_that_another_snapshot_tells_is_known() -> None:
+    """Of a replica whose first receive was cut off before it got its own mark: it names the snapshot it received."""
+    rows = [row("tank/vm/a", guid=9, **lineage(1) | {"replicator__role": "replica"})]
+    rows += [row(f"tank/vm/a@s{n}", "snapshot", guid=n + 1, createtxg=n, creation=1, userrefs=0) for n in range(2)]
+    store, runner = backend(datasets=listing(*rows))
+    found = store.brief("a")
+    assert found is not None
+    assert found.lineage == Lineage(UUID, Role.REPLICA, 3)
+    runner.answers["zfs", "hold"] = runner.answers["zfs", "release"] = ""
+    store.hold("a", refs(1)[0], "replicator:vms:b:s")
+    assert [command[1] for command in runner.asked if command[1] != "list"] == ["hold"], "a replica has no cursor"
+    store.release("a", refs(1)[0], "replicator:vms:b:s")
+    with pytest.raises(NoSuchSnapshot):
+        store.hold("a", VersionRef("s1", "77"), "replicator:vms:b:s")

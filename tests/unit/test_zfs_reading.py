@@ -37,7 +37,7 @@ from replicator.errors import (
     VolumeChanged,
 )
 from replicator.model import Lineage, Role, VersionKind
-from tests.support.zfs_records import RecordedRunner, failed, make_head, make_token, native_nvlist, row
+from tests.support.zfs_records import RecordedRunner, failed, listing, make_head, make_token, native_nvlist, row
 
 NAMES = DatasetNames("store", "tank/vm")
 UUID = "6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00"
@@ -158,7 +158,7 @@ def lineage(of: object, role: str = "replica") -> dict[str, Any]:
 
 
 def listed(*rows: str, holds: str = "") -> Listing:
-    runner = RecordedRunner({("zfs", "list"): "\n".join(rows) + "\n", ("zfs", "holds"): holds})
+    runner = RecordedRunner({("zfs", "list"): listing(*rows), ("zfs", "holds"): holds})
     return Listing(NAMES, runner)
 
 

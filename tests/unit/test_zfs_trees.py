@@ -26,7 +26,7 @@ from replicator.model import Lineage, Property, Role, StreamKind, Version, Versi
 from replicator.streams import Chunk, ChunkStream, NativeChunk
 from replicator.zfs_properties import FILESYSTEMS_ONLY, RESERVED, TAKEN_OVER, ZVOLS_ONLY
 from tests.support.blocks import make_version
-from tests.support.zfs_records import RecordedRunner, failed, make_head, make_token, row
+from tests.support.zfs_records import RecordedRunner, failed, make_head, make_token, row, shown
 
 NAMES = DatasetNames("store", "tank/vm")
 UUID = "6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00"
@@ -71,13 +71,15 @@ class Pool(RecordedRunner):
             self.rows[new + name.removeprefix(old)] = new + line.removeprefix(old)
 
     def _list(self, args: tuple[str, ...]) -> Finished:
-        name = args[-1]
-        if name not in self.rows:
-            return Finished(args, 1, "", f"cannot open '{name}': dataset does not exist")
+        names = [word for word in args if word.startswith("tank/")]
+        found = [self.rows[name] for name in names if name in self.rows]
+        if len(found) < len(names):
+            return Finished(args, 1, shown(found, args), "cannot open: dataset does not exist")
         if "-d" not in args:
-            return Finished(args, 0, self.rows[name] + "\n", "")
+            return Finished(args, 0, shown(found, args), "")
+        name = args[-1]
         below = [n for n in self.rows if n.startswith((f"{name}@", f"{name}/")) and "/" not in n.removeprefix(name)[1:]]
-        return Finished(args, 0, "".join(self.rows[n] + "\n" for n in (name, *below)), "")
+        return Finished(args, 0, shown([self.rows[n] for n in (name, *below)], args), "")
 
 
 def context(pool: RecordedRunner) -> Context:
