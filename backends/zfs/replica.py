@@ -90,15 +90,19 @@ class _Receive:
                 return done
         if self._request.origin is not None:
             self._origin = self._context.require(self._request.origin.name)
+        incoming = IncomingStream(stream)
+        head = None
+        if self._request.mode is ReceiveMode.REBUILD:  # one that fails or is refused must not put anything aside
+            head = incoming.head()
+            self._terms.check(head, self._label)
+            self._check_only_step(head)
         there = self._ready(there)
         cancel.check()
         if self._request.intermediates:
             return self._batch(stream, there, cancel)
-        incoming = IncomingStream(stream)
-        head = incoming.head()
+        head = head or incoming.head()
         form = self._check_head(head, there)
-        base = self._request.base
-        self._check_step(head, base.guid if base is not None else None, self._request.to.guid)
+        self._check_only_step(head)
         if there is None:
             there = self._made_meanwhile()
         if there is not None and not there.is_placeholder:
@@ -302,6 +306,11 @@ class _Receive:
                 hint="both nodes must run the same version",
             )
         return StreamForm.RAW if head.raw else StreamForm.PLAIN
+
+    def _check_only_step(self, head: StreamHead) -> None:
+        """:raises ProtocolError: the one stream is not the step that was asked for"""
+        base = self._request.base
+        self._check_step(head, base.guid if base is not None else None, self._request.to.guid)
 
     def _check_step(self, head: StreamHead, base: str | None, to: str) -> None:
         if (head.to_guid, head.base_guid) != (to, base):

@@ -272,7 +272,8 @@ def restore(app: App, snapshot: str, to: str, as_json: bool) -> int:
     """Make any snapshot a new volume of this node, wherever the snapshot is: here, or on another node.
 
     Nothing that exists is changed. `replicator snapshots VOLUME` lists what there is. In the ZFS storage that has the
-    snapshot the new volume is a clone, and keeps it from being destroyed; a filesystem is not mounted (canmount=noauto).
+    snapshot the new volume is a clone, and keeps it from being destroyed. A filesystem is not mounted
+    (canmount=noauto).
 
     \b
     Example:

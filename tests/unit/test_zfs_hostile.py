@@ -24,7 +24,7 @@ from backends.zfs.sending import open_stream
 from backends.zfs.stream_head import read_head
 from backends.zfs.taking_over import Terms
 from replicator.cancellation import Cancellation
-from replicator.endpoint import ReceiveRequest, SendRequest
+from replicator.endpoint import ReceiveMode, ReceiveRequest, SendRequest
 from replicator.errors import (
     ConnectionLost,
     InvalidName,
@@ -248,6 +248,26 @@ def test_what_is_accepted_holds_for_each_stream(target: Target, accept: StreamFo
     with pytest.raises(Unsupported):
         take(target, framed(first, second), to=3, accept=accept)
     assert len(target.received) == (0 if accept is StreamForm.RAW else 1)  # the replica is pinned to plain ones
+
+
+@pytest.mark.parametrize(
+    ("data", "accept", "error"),
+    [
+        (head(2, 0), StreamForm.RAW, Unsupported),
+        (head(3, 0), None, ProtocolError),
+        (head(2, 1), None, ProtocolError),
+        (b"", None, ProtocolError),  # zfs send failed
+    ],
+)
+def test_a_replica_is_not_kept_aside_for_a_stream_that_is_refused(
+    target: Target, data: bytes, accept: StreamForm | None, error: type[ReplicatorError]
+) -> None:
+    """Nothing but listings is in the record."""
+    how: dict[str, Any] = {"mode": ReceiveMode.REBUILD, "base": None, "aside": "diverged-now", "intermediates": False}
+    with pytest.raises(error):
+        take(target, data, to=2, accept=accept, **how)
+    assert {argv[1] for argv in target.asked} == set()
+    assert target.received == []
 
 
 def test_packages_are_no_batches(target: Target) -> None:
