@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from backends.zfs.context import Context
-from backends.zfs.failures import Operation, failure
+from backends.zfs.failures import Operation, failure, is_missing, says
 from backends.zfs.naming import MAX_DATASET
 from replicator.errors import NotReadable
 from replicator.model import Version
@@ -53,7 +53,7 @@ def temporary(context: Context, dataset: str, version: Version, settings: tuple[
     done = context.attempt("zfs", "clone", *settings, f"{dataset}@{version.name}", clone)
     if done.status != 0:
         error = failure(done, Operation(context.storage, f"{dataset}@{version.name}", "cloning for reading"))
-        if "permission denied" in done.errors:
+        if says(done, "permission denied"):
             raise NotReadable(str(error), hint=PERMISSION)
         raise error
     try:
@@ -76,7 +76,7 @@ def _destroy(context: Context, clone: str) -> bool:
     until = time.monotonic() + DESTROY_DEADLINE
     while True:
         done = context.attempt("zfs", "destroy", clone)
-        if done.status == 0 or "does not exist" in done.errors:
+        if done.status == 0 or is_missing(done):
             return True
         if time.monotonic() > until:
             return False

@@ -1,13 +1,14 @@
 """What zfs says when it fails, as errors of ours that keep zfs's own words.
 
 The phrases are those of libzfs (``libzfs_util.c``, ``libzfs_sendrecv.c``, ``libzfs_dataset.c``) of OpenZFS 2.1 to 2.3
-in the C locale. What is in none of them becomes a plain :class:`~replicator.errors.StorageError`.
+in the C locale. What is in none of them becomes a plain :class:`~replicator.errors.StorageError`. They are looked for
+in what is left of a message without its names: a dataset may be called ``os-upgrade`` or ``not found``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from backends.zfs.commands import Finished
@@ -108,7 +109,8 @@ _RULES = (
         "aside and sends everything anew",
     ),
     _rule(
-        r"unsupported (feature|stream)|feature.*not (supported|enabled)|must be upgraded|upgrade",
+        r"unsupported (feature|stream)|feature.*not (supported|enabled)|must be upgraded|"
+        r"(zfs|zpool) upgrade|unsupported version",
         Unsupported,
         "upgrade OpenZFS on the older node (or the pool: zpool upgrade), or send without that feature",
     ),
@@ -162,23 +164,33 @@ _RULES = (
         "choose a name that ZFS allows",
     ),
 )
+_SEPARATED = re.compile("[@#]")
 _MISSING = re.compile(
     r"does not exist|no such (dataset|snapshot|file)|could not find any snapshots|not found", re.IGNORECASE
 )
 
 
+_QUOTED = re.compile(r"(?<!\w)'(?!(?:zfs|zpool|/sbin/modprobe) )[^']*'")
+"""What libzfs puts into quotation marks is a name, except for the commands that it recommends."""
+_NAME = "NAME"
+
+
 def failure(finished: Finished, operation: Operation) -> ReplicatorError:
     """The error for a command that failed."""
-    return failure_of(words(finished), operation)
+    return _error(words(finished), _without_names(finished.errors, (operation.dataset, *finished.argv)), operation)
 
 
 def failure_of(said: str, operation: Operation) -> ReplicatorError:
     """The error for what ZFS said, by whatever way: a command, or libzfs_core."""
+    return _error(said, _without_names(said, (operation.dataset,)), operation)
+
+
+def _error(said: str, plain: str, operation: Operation) -> ReplicatorError:
     message = f"storage {operation.storage}: {operation.doing} {operation.dataset} failed: {said}"
     for rule in _RULES:
-        if rule.words.search(said):
+        if rule.words.search(plain):
             return rule.error(message, hint=rule.hint)
-    if _MISSING.search(said):
+    if _MISSING.search(plain):
         if any(mark in operation.dataset for mark in "@#"):
             return NoSuchSnapshot(message, hint=_PLAN_AGAIN)
         return NoSuchVolume(message, hint="`replicator status` lists the volumes of each job; zfs list those of ZFS")
@@ -187,7 +199,29 @@ def failure_of(said: str, operation: Operation) -> ReplicatorError:
 
 def is_missing(finished: Finished) -> bool:
     """Whether a command failed only because what it was to work on is not there."""
-    return finished.status != 0 and bool(_MISSING.search(finished.errors))
+    return finished.status != 0 and bool(_MISSING.search(_without_names(finished.errors, finished.argv)))
+
+
+def says(finished: Finished, phrase: str) -> bool:
+    """Whether this is among the words of a command's error output, names left out."""
+    return phrase in _without_names(finished.errors, finished.argv)
+
+
+def _without_names(said: str, known: Iterable[str]) -> str:
+    """A message on one line without usage texts, and without the names in it: those that are known, what is quoted, and
+    what begins with the pool of one of those.
+
+    :param known: datasets and snapshots, among other words
+    """
+    text = " ".join(said.partition("usage:")[0].split())
+    named = [word for word in known if "/" in word and not word.startswith(("/", "-"))]
+    whole = {part for word in named for part in (word, *_SEPARATED.split(word, 1)[:1])}
+    for word in sorted(whole, key=len, reverse=True):
+        text = text.replace(" ".join(word.split()), _NAME)
+    text = _QUOTED.sub(_NAME, text)
+    for pool in {word.partition("/")[0] for word in named}:
+        text = re.sub(rf"(?<![\w/.:-]){re.escape(pool)}/[\w./:-]*", _NAME, text)
+    return re.sub(rf"{_NAME}[\w./:@#-]*", _NAME, text)
 
 
 def words(finished: Finished) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from backends.zfs.commands import CHANGE_DEADLINE, Runner
-from backends.zfs.failures import Operation, failure, failure_of, is_missing
+from backends.zfs.failures import Operation, failure, failure_of, is_missing, says
 from replicator.errors import ReplicatorError, StorageUnavailable
 
 ESTIMATE_DEADLINE = 30.0
@@ -132,7 +132,7 @@ class CommandLibrary:
     def release(self, snapshot: str, tag: str) -> None:
         """See :class:`Library`."""
         done = self._runner.run(("zfs", "release", tag, snapshot), CHANGE_DEADLINE)
-        if done.status != 0 and not is_missing(done) and "no such tag" not in done.errors:
+        if done.status != 0 and not is_missing(done) and not says(done, "no such tag"):
             raise failure(done, Operation(self._storage, snapshot, "releasing"))
 
     def bookmark(self, snapshot: str, bookmark: str) -> None:
@@ -148,7 +148,7 @@ class CommandLibrary:
 
     def _must(self, *argv: str, name: str, doing: str, fine: str = "") -> None:
         done = self._runner.run(argv, CHANGE_DEADLINE)
-        if done.status != 0 and not (fine and fine in done.errors):
+        if done.status != 0 and not (fine and says(done, fine)):
             raise failure(done, Operation(self._storage, name, doing))
 
 

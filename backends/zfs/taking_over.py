@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from backends.zfs.commands import LIST_DEADLINE
 from backends.zfs.context import Context
-from backends.zfs.failures import Operation, failure, words
+from backends.zfs.failures import Operation, failure, says, words
 from backends.zfs.listing import Dataset
 from backends.zfs.properties import StreamForm
 from backends.zfs.stream_head import StreamHead
@@ -117,7 +117,7 @@ def apply(context: Context, there: Dataset, properties: Iterable[Property], term
     done = context.attempt("zfs", "set", *settings, there.name)
     if done.status == 0:
         return ()
-    if "permission denied" in done.errors:
+    if says(done, "permission denied"):
         rights = ",".join(setting.partition("=")[0] for setting in settings)
         return (f"{there.name} does not take over {rights} of its source: that needs zfs allow USER {rights}",)
     told = []

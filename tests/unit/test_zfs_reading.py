@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.zfs import failures
+from backends.zfs.commands import Finished
 from backends.zfs.failures import Operation
 from backends.zfs.listing import Listing, parse
 from backends.zfs.naming import DatasetNames
@@ -275,6 +276,40 @@ def test_what_zfs_says_becomes_an_error(said: str, expected: type[ReplicatorErro
     assert " ".join(said.split()) in str(error)
     assert "doing tank/vm/a failed" in str(error)
     assert error.hint
+
+
+NAMED_BADLY = (
+    "os-upgrade", "held", "raw send", "not found", "does not exist", "in use", "too long", "out of space", "is busy",
+    "load-key", "unencrypted", "permission denied", "already exists", "I:O error",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMED_BADLY)
+@pytest.mark.parametrize(("said", "expected"), WORDS)
+def test_names_are_not_taken_for_words(said: str, expected: type[ReplicatorError], name: str) -> None:
+    dataset = f"tank/vm/{name}"
+    named = said.replace("tank/vm/a", dataset).replace("@one", f"@{name.replace(' ', '-')}")
+    assert type(failures.failure(failed(named), Operation("store", dataset, "doing"))) is expected
+    done = Finished(("zfs", "destroy", dataset), 1, "", f"cannot destroy {dataset}: dataset is busy")
+    assert not failures.is_missing(done)
+    assert not failures.says(done, name) or name == "is busy"
+    assert failures.says(done, "is busy")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("cannot receive: pool must be upgraded to receive this stream.", Unsupported),
+        ("pool 'tank' is not up to date; run 'zpool upgrade tank'", Unsupported),
+        ("destination tank/vm/os-upgrade/other has been modified\nsince most recent snapshot", VolumeChanged),
+        ("cannot destroy 'tank/vm/a@x': snapshot has dependent clones\ntank/vm/upgrade\ntank/vm/load-key",
+         SnapshotHeld),
+        ("cannot destroy snapshot tank/vm/a@load-key: it's being held. See 'zfs holds -r tank/vm/a@load-key'.",
+         SnapshotHeld),
+    ],
+)  # fmt: skip
+def test_names_of_others_are_not_taken_for_words(said: str, expected: type[ReplicatorError]) -> None:
+    assert isinstance(failures.failure(failed(said), Operation("store", "tank/vm/a", "doing")), expected)
 
 
 def test_a_missing_snapshot_is_told_from_a_missing_volume() -> None:
