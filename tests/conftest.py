@@ -38,9 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     lab = Path(__file__).with_name("lab")
     with_lab = config.getoption("--lab")
+    soak = config.getoption("--soak")
     wanted, parts = map(int, (config.getoption("--part") or "1/1").split("/"))
 
     def taken(item: pytest.Item) -> bool:
+        if item.get_closest_marker("long") and not soak:
+            return False
         number = zlib.crc32(item.nodeid.encode()) % parts + 1
         return number == wanted and (with_lab or not item.path.is_relative_to(lab))
 

@@ -143,11 +143,13 @@ def test_checksums_are_right_on_this_processor(nodes: list[Node]) -> None:
     assert " passed" in _pytest(nodes[0], "tests/unit/test_checksum.py")
 
 
+@pytest.mark.long
 def test_the_image_storage_keeps_its_contract_here(nodes: list[Node]) -> None:
     # The backend alone: with the endpoints, and on XFS and btrfs, it is tested where that takes seconds.
     assert " passed" in _pytest(nodes[0], "tests/conformance", "-k", "test_backend and image-plain")
 
 
+@pytest.mark.long
 def test_the_demo_holds_here(nodes: list[Node]) -> None:
     if nodes[0].lab.suite == "bookworm":
         pytest.skip("four minutes, and its Python is the host's")

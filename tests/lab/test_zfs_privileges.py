@@ -11,6 +11,7 @@ from tests.lab import deploy
 from tests.lab.guests import Done, Lab, Node
 
 NODES = 1
+SAMPLED = ("trixie",)
 POOL, USER, FOLDER = "allowed", "replicator", "/srv/streams"
 SRC, DST = f"{POOL}/src", f"{POOL}/dst"
 _SECONDS = 1800
@@ -137,6 +138,7 @@ def test_what_is_missing_is_named_and_the_command_that_is_named_grants_it(node: 
     assert not phase(node, "lacking", SRC).out.startswith("SEND")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("script", "root", "rights"), [(AS_SOURCE, SRC, SOURCE), (AS_TARGET, DST, TARGET)])
 def test_each_right_is_needed(node: Node, script: str, root: str, rights: tuple[str, ...]) -> None:
     shell(node, MAKE)

@@ -17,7 +17,7 @@ RUN_SECONDS = 900
 JOB = "tree"
 KEPT = 3
 
-pytestmark = [pytest.mark.tier("guests"), pytest.mark.timeout(7200)]
+pytestmark = [pytest.mark.tier("guests"), pytest.mark.long, pytest.mark.timeout(7200)]
 
 SOURCE = f"""
 [storage.src]

@@ -13,7 +13,7 @@ from tests.lab.guests import Lab, Node
 POOL, FOLDER = "versions", "/srv/streams"
 _SECONDS = 1800
 
-pytestmark = [pytest.mark.tier("guests"), pytest.mark.timeout(7200)]
+pytestmark = [pytest.mark.tier("guests"), pytest.mark.long, pytest.mark.timeout(7200)]
 
 MAKE = """
 set -e
