@@ -158,6 +158,9 @@ class Backend(Protocol):
     def digests(self, request: DigestRequest, cancel: Cancellation) -> Iterator[DigestBatch]:
         """Read and digest the blocks of a snapshot."""
 
+    def is_sealed(self, volume: str, /) -> bool:
+        """Whether :meth:`send` gives its data only encrypted, while this node may be able to read it."""
+
     def set_aside(self, volume: str, name: str) -> VersionRef | None:
         """See :meth:`replicator.endpoint.Endpoint.set_aside`."""
 
@@ -183,6 +186,10 @@ class OneByOne(ABC):
     def pool(self) -> str:
         """See :class:`Backend`."""
         return self.name
+
+    def is_sealed(self, _volume: str) -> bool:
+        """See :class:`Backend`."""
+        return False
 
     @abstractmethod
     def snapshot(self, volumes: tuple[str, ...], name: str) -> tuple[Version, ...]:

@@ -10,7 +10,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, tzinfo
 
 from backends.base import Backend, Inspectable
@@ -36,6 +36,7 @@ from replicator.errors import (
     ConflictError,
     NoSuchVolume,
     NotAReplica,
+    NotReadable,
     ReplicatorError,
     SnapshotHeld,
     StorageUnavailable,
@@ -45,6 +46,7 @@ from replicator.errors import (
 )
 from replicator.model import (
     Capability,
+    HoldTag,
     Lack,
     Lineage,
     Property,
@@ -85,17 +87,37 @@ class VolumeLocks:
                 del self._busy[volume]
 
 
+@dataclass(frozen=True, slots=True)
+class PeerView:
+    """What this node does for a peer of what the peer has a right to ask, and how.
+
+    :ivar peer: its name; replicas below it are its own
+    :ivar keep: a retention policy that every prune is widened by; "" for none
+    :ivar replicas_only: storages in which nothing is changed but replicas: there the peer's replicas are among volumes
+        of this node's own
+    :ivar sources: of those, where it may protect and prune others as well, because it pulls from there
+    :ivar jobs: of this node, that snapshot volumes of this node: their snapshots are not the peer's to prune
+    """
+
+    peer: str
+    keep: str = ""
+    replicas_only: frozenset[str] = frozenset()
+    sources: frozenset[str] = frozenset()
+    jobs: frozenset[str] = frozenset()
+
+    def owns(self, volume: VolumeId, lineage: Lineage | None) -> bool:
+        """Whether this is a replica that the peer made, and so nothing that it does not have."""
+        place = volume.name.startswith(f"{self.peer}/") or volume.storage in self.replicas_only
+        return place and lineage is not None and lineage.role is Role.REPLICA
+
+
 class LocalEndpoint:
     """This node's storages.
 
     :param node: this node's name
     :param backends: by storage name
     :param zone: the time zone in which the hours, days and weeks of a retention policy begin
-    :param minimum_keep: a retention policy that every prune is widened by; "" for none. Peers get a view that has the
-        minimum which this node's configuration insists on (:meth:`for_peer`).
-    :param replicas_only: storages in which nothing is changed but replicas: there a peer's replicas are among volumes
-        of this node's own
-    :param sources: of those, where it may protect and prune others as well, because it pulls from there
+    :param view: whom it is for, where that is a peer (:meth:`for_peer`)
     """
 
     def __init__(
@@ -104,33 +126,18 @@ class LocalEndpoint:
         backends: Mapping[str, Backend],
         *,
         zone: tzinfo = UTC,
-        minimum_keep: str = "",
-        replicas_only: frozenset[str] = frozenset(),
-        sources: frozenset[str] = frozenset(),
+        view: PeerView | None = None,
         locks: VolumeLocks | None = None,
     ) -> None:
         self._node = names.check_node(node)
         self._backends = dict(backends)
         self._zone = zone
-        self._minimum_keep = minimum_keep
-        self._replicas_only = replicas_only
-        self._sources = sources
+        self._view = view
         self._locks = locks or VolumeLocks()
 
-    def for_peer(
-        self, keep: str, replicas_only: frozenset[str] = frozenset(), sources: frozenset[str] = frozenset()
-    ) -> LocalEndpoint:
-        """The same node, where every prune also keeps what ``keep`` keeps, and only replicas are changed in those
-        storages."""
-        return LocalEndpoint(
-            self._node,
-            self._backends,
-            zone=self._zone,
-            minimum_keep=keep,
-            replicas_only=replicas_only,
-            sources=sources,
-            locks=self._locks,
-        )
+    def for_peer(self, view: PeerView) -> LocalEndpoint:
+        """The same node, as a peer gets to ask it."""
+        return LocalEndpoint(self._node, self._backends, zone=self._zone, view=view, locks=self._locks)
 
     @property
     def node(self) -> str:
@@ -275,11 +282,25 @@ class LocalEndpoint:
 
     def digests(self, request: DigestRequest, cancel: Cancellation) -> Iterator[DigestBatch]:
         """See :class:`~replicator.endpoint.Endpoint`."""
+        self._check_open(request.volume)
         return self._of(request.volume).digests(request, cancel)
 
     def manifest(self, request: ManifestRequest, cancel: Cancellation) -> Stream:
         """See :class:`~replicator.endpoint.Endpoint`."""
-        return self._inspectable(request.volume).manifest(request, cancel)
+        inspectable = self._inspectable(request.volume)
+        self._check_open(request.volume)
+        return inspectable.manifest(request, cancel)
+
+    def _check_open(self, volume: VolumeId) -> None:
+        """:raises NotReadable: the peer gets it only encrypted, so it is not told what is in it either"""
+        view, backend = self._view, self._of(volume)
+        if view is None or view.owns(volume, self._existing(volume).lineage) or not backend.is_sealed(volume.name):
+            return
+        raise NotReadable(
+            f"{volume} of node {self._node} is sent encrypted, so node {view.peer} is told neither its file names nor "
+            "digests of its content",
+            hint=f"it is verified by scrubs; or verify it on {self._node}",
+        )
 
     def scrub(self, request: ScrubRequest) -> Scrub:
         """See :class:`~replicator.endpoint.Endpoint`."""
@@ -310,7 +331,7 @@ class LocalEndpoint:
 
     def _check_changeable(self, volume: VolumeId) -> None:
         """:raises NotAReplica: it is a volume of this node's own, in a storage where a peer may only change replicas"""
-        if volume.storage not in self._replicas_only:
+        if self._view is None or volume.storage not in self._view.replicas_only:
             return
         found = self._of(volume).brief(volume.name)
         if found is not None and (found.lineage is None or found.lineage.role is not Role.REPLICA):
@@ -336,7 +357,7 @@ class LocalEndpoint:
 
     def _check_protectable(self, volume: VolumeId) -> None:
         """The same for what is done to sources, too."""
-        if volume.storage not in self._sources:
+        if self._view is not None and volume.storage not in self._view.sources:
             self._check_changeable(volume)
 
     def abort_receive(self, volume: VolumeId) -> None:
@@ -407,17 +428,20 @@ class LocalEndpoint:
         protect = frozenset(request.protect)
         decisions = retention.apply(state.versions, policy, job=request.job, protect=protect, zone=self._zone)
         floor = {}
-        if self._minimum_keep:
-            minimum = retention.parse(self._minimum_keep)
+        if self._view is not None and self._view.keep:
+            minimum = retention.parse(self._view.keep)
             floor = {
                 d.version.guid: d.reason
                 for d in retention.apply(state.versions, minimum, job=request.job, zone=self._zone)
                 if d.keep
             }
         outcomes = []
+        others = self._of_another(request, state)
         for decision in decisions:
             version, kept, reason = decision.version, decision.keep, decision.reason
-            if not kept and version.guid in floor:
+            if not kept and others:
+                kept, reason = True, f"kept: {others}"
+            elif not kept and version.guid in floor:
                 kept, reason = True, f"this node's minimum: {floor[version.guid]}"
             outcomes.append(PruneOutcome(version, kept, reason))
         going = tuple(outcome.version.ref for outcome in outcomes if not outcome.kept)
@@ -428,6 +452,19 @@ class LocalEndpoint:
         except ReplicatorError as error:
             failed = dict.fromkeys(going, error)
         return tuple(_after(outcome, failed.get(outcome.version.ref)) for outcome in outcomes)
+
+    def _of_another(self, request: PruneRequest, state: VolumeState) -> str:
+        """Why the snapshots of that job are not the peer's to prune; "" where they are. Snapshots have the names of
+        their jobs, and what a job of the peer replicates from here has holds of that job and the peer."""
+        view = self._view
+        if view is None or view.owns(request.volume, state.lineage):
+            return ""
+        if request.job in view.jobs:
+            return f"job {request.job} is one of node {self._node}"
+        tags = (HoldTag.parse(tag) for version in state.versions for tag in version.tags)
+        if any(tag is not None and tag.job == request.job and tag.node in (view.peer, self._node) for tag in tags):
+            return ""
+        return f"nothing is held for a job {request.job} of node {view.peer}, so it may be another node's"
 
     def close(self) -> None:
         """Close every backend."""

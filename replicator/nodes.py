@@ -10,7 +10,7 @@ from replicator.config import Config
 from replicator.control import PeerStatus
 from replicator.endpoint import Endpoint
 from replicator.errors import ConnectionLost, IdentityError, ReplicatorError, UsageError
-from replicator.local import LocalEndpoint
+from replicator.local import LocalEndpoint, PeerView
 from replicator.settings import Job, Peer, RbdStorage, ZfsStorage
 from transport.authorization import PeerRights
 from transport.connection import Deadlines
@@ -174,6 +174,8 @@ def endpoint_for_peers(config: Config, local: LocalEndpoint) -> Callable[[str], 
         peer = config.peers.get(name)
         if peer is None:
             return local
-        return local.for_peer(peer.keep or "", frozenset(peer.same_path), frozenset(peer.may_pull_from))
+        jobs = frozenset(job.name for job in config.jobs.values() if config.is_local(job.source.node))
+        view = PeerView(name, peer.keep or "", frozenset(peer.same_path), frozenset(peer.may_pull_from), jobs)
+        return local.for_peer(view)
 
     return endpoint

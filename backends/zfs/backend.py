@@ -350,6 +350,11 @@ class ZfsBackend(OneByOne):
         """See :class:`~backends.base.Backend`. Of a zvol."""
         return reading.digests(self._context, request, self._checksums, cancel)
 
+    def is_sealed(self, volume: str) -> bool:
+        """See :class:`~backends.base.Backend`. By the form of its streams."""
+        dataset = self._context.require(volume)
+        return dataset.encrypted and dataset.default_form is properties.StreamForm.RAW
+
     def manifest(self, request: ManifestRequest, cancel: Cancellation) -> Stream:
         """See :class:`~backends.base.Inspectable`. Of a filesystem."""
         return reading.open_manifest(self._context, request, self._checksums, cancel)

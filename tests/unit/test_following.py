@@ -15,7 +15,7 @@ from replicator.conflicts import Recreated
 from replicator.control import Orphan
 from replicator.endpoint import Endpoint, PruneRequest, ReceiveRequest, SendRequest, SnapshotRequest
 from replicator.errors import ConflictError, NotAReplica, SnapshotHeld, StaleEpoch, StaleResume, Unsupported
-from replicator.local import LocalEndpoint
+from replicator.local import LocalEndpoint, PeerView
 from replicator.mending import Mender, Results
 from replicator.model import (
     Capability,
@@ -427,7 +427,9 @@ def test_a_peer_with_the_same_paths_changes_replicas_only(world: World) -> None:
     world.target.rename("prox1/vm", "vm")
     own, theirs = VolumeId("backup", "own"), VolumeId("backup", "vm")
     (one,) = world.target.snapshot(("own",), "replicator_vms_20261120T080000.000Z")
-    peer = LocalEndpoint("prox2", {"backup": world.target}).for_peer("", frozenset({"backup"}))
+    peer = LocalEndpoint("prox2", {"backup": world.target}).for_peer(
+        PeerView("prox1", replicas_only=frozenset({"backup"}))
+    )
     epoch = Lineage(lineage(world, "vm"), Role.PRIMARY, 1)
     for lineage_ in (None, Lineage(OTHER_LINEAGE, Role.PRIMARY, 1)):
         if lineage_ is not None:
@@ -448,7 +450,7 @@ def test_a_peer_with_the_same_paths_changes_replicas_only(world: World) -> None:
     with pytest.raises(StaleEpoch):
         peer.adopt(theirs, epoch)
     pulling = LocalEndpoint("prox2", {"backup": world.target}).for_peer(
-        "", frozenset({"backup"}), frozenset({"backup"})
+        PeerView("prox1", replicas_only=frozenset({"backup"}), sources=frozenset({"backup"}))
     )
     pulling.hold(own, one.ref, "replicator:x")
     with pytest.raises(NotAReplica):
