@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from replicator.cancellation import Cancellation
 from replicator.control import Restored
 from replicator.endpoint import Endpoint, ReceiveMode, ReceiveRequest, SendRequest
-from replicator.errors import NoSuchSnapshot, ReplicatorError, Unsupported, VolumeBusy
+from replicator.errors import NoSuchSnapshot, ReplicatorError, Unsupported
 from replicator.model import Version, VolumeId, restore_tag
 from replicator.planning import SendPolicy
 from replicator.replication import Meter, ObservedStream, Observer, Options, Outcome, Pair, new_key
@@ -60,8 +60,7 @@ def restore(
     :raises NoSuchSnapshot: no place that answers has it; the hint names those that did not answer
     :raises VolumeBusy: ``new`` exists
     """
-    if own.state(new) is not None:
-        raise VolumeBusy(f"volume {new} exists on node {own.node}", hint="name a volume that does not exist yet")
+    # Whether it exists is for the storage to say: it may be what an interrupted restore has left.
     place, version = _find(places, snapshot)
     if place.endpoint is own and place.volume.storage == new.storage:
         try:

@@ -33,7 +33,7 @@ READ = (LINEAGE, ROLE, EPOCH, STREAM, OF, PLACEHOLDER)
 """All of them, in the order in which listings ask for them."""
 UNSET = "-"
 RESTORING = "restore"
-"""Value of ``replicator:of`` on a volume that a restore has not finished."""
+"""``replicator:of`` is ``restore:GUID`` on a volume that a restore of that snapshot has not finished."""
 
 
 class StreamForm(StrEnum):
@@ -81,6 +81,12 @@ def read_form(values: dict[str, str], identities: Collection[str]) -> StreamForm
             f"its property {STREAM} is {value!r}, and neither {StreamForm.RAW} nor {StreamForm.PLAIN}",
             hint=f"set it to what its copies were sent as: zfs set {STREAM}=raw DATASET",
         ) from None
+
+
+def restored_from(of: str) -> str | None:
+    """The guid of the snapshot that is being restored, by ``replicator:of``; None where none is."""
+    mark, _, guid = of.partition(":")
+    return guid if mark == RESTORING else None
 
 
 def settings(lineage: Lineage, form: StreamForm, of: str) -> tuple[str, ...]:

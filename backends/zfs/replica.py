@@ -386,9 +386,12 @@ class _Restore:
     def run(self, stream: Stream, cancel: Cancellation) -> Version:
         context, request = self._context, self._request
         there = context.look(request.volume.name)
-        if there is not None and there.token is not None and not there.snapshots and there.of == properties.RESTORING:
-            abort(context, there)  # a restore that was cut off
-            there = context.look(request.volume.name)
+        if there is not None and self._is_unfinished(there):
+            if there.token is None and self._finish(there):  # all of it had come
+                return replace(request.to, holds=())
+            if there.token is not None and not there.snapshots:  # it was cut off
+                abort(context, there)
+                there = context.look(request.volume.name)
         if there is not None:
             raise VolumeBusy(f"volume {request.volume} exists already", hint="name a volume that does not exist yet")
         incoming = IncomingStream(stream)
@@ -397,7 +400,8 @@ class _Restore:
         if head.resuming or (head.to_guid, head.base_guid) != (request.to.guid, None):
             raise ProtocolError(f"the stream for {request.volume} is not one of {request.to.name} alone", hint="")
         snapshot = f"{self._dataset}@{request.to.name}"
-        settings = [f"{properties.OF}={properties.RESTORING}", *(() if head.is_zvol else aside.FILESYSTEM_PROPERTIES)]
+        mark = f"{properties.OF}={properties.RESTORING}:{request.to.guid}"
+        settings = [mark, *(() if head.is_zvol else aside.FILESYSTEM_PROPERTIES)]
         placeholders.make_parents(context, self._dataset)
         excluded = never_taken(head)
         argv = ("zfs", "receive", "-s", "-u", *excluded, *aside.options(settings), snapshot)
@@ -406,13 +410,32 @@ class _Restore:
             feed(context.runner, argv, incoming, operation, cancel)
         except BaseException:  # nothing can continue it
             found = context.listing.dataset(self._dataset)
-            if found is not None and found.of == properties.RESTORING:
+            if found is not None and properties.restored_from(found.of) is not None:
                 abort(context, found)
             raise
-        for error in context.library.destroy([snapshot]).values():
-            raise error
-        context.change("zfs", "inherit", properties.OF, self._dataset, dataset=self._dataset, doing="restoring")
+        self._unmark(snapshot)
         return replace(request.to, holds=())
+
+    def _is_unfinished(self, there: Dataset) -> bool:
+        """Whether an earlier restore was interrupted. What is below such a dataset has its mark as well, inherited."""
+        if properties.restored_from(there.of) is None:
+            return False
+        argv = ("zfs", "get", "-H", "-o", "source", properties.OF, there.name)
+        return self._context.change(*argv, dataset=there.name, doing="looking at").output.strip() == "local"
+
+    def _finish(self, there: Dataset) -> bool:
+        """Remove what an interrupted restore has left beside the data; whether it was of the same snapshot."""
+        guid = properties.restored_from(there.of) or ""
+        snapshot = there.find(guid)
+        self._unmark(self._context.full_name(there.name, snapshot) if snapshot is not None else "")
+        return guid == self._request.to.guid
+
+    def _unmark(self, snapshot: str) -> None:
+        """The snapshot goes first: the mark tells that it is to go."""
+        for error in self._context.library.destroy([snapshot] if snapshot else []).values():
+            raise error
+        argv = ("zfs", "inherit", properties.OF, self._dataset)
+        self._context.change(*argv, dataset=self._dataset, doing="restoring")
 
 
 def abort(context: Context, there: Dataset) -> None:

@@ -628,6 +628,28 @@ def test_a_restore(case: ZfsCase) -> None:
         receive(case, request, opened(case, None, one))
 
 
+@pytest.mark.parametrize("snapshot", [True, False])
+def test_a_restore_that_was_interrupted_after_all_had_come(case: ZfsCase, snapshot: bool) -> None:
+    """A power cut before, or after, the snapshot that came with it was destroyed; the mark of the restore is there."""
+    one, two = make(case, "one", "two")
+    new = VolumeId("store", "restored")
+    mark = f"replicator:of=restore:{one.guid}"
+    pipe = f"zfs send {case.dataset('vm')}@one | zfs receive -u -o {mark} {case.dataset(new.name)}@one"
+    assert os.system(pipe) == 0  # noqa: S605 - names of ours
+    if not snapshot:
+        zfs("destroy", f"{case.dataset(new.name)}@one")
+    zfs("create", "-s", "-V", "1M", f"{case.root}/unrelated")
+    request = asked(None, one, volume=new, lineage=None, mode=ReceiveMode.RESTORE)
+    receive(case, request, opened(case, None, one))
+    found = state(case, new)
+    assert (found.versions, found.lineage, found.size) == ((), None, SIZE)
+    assert case.read(new.name) == case.read_snapshot("vm", one)
+    assert zfs("get", "-H", "-o", "value", "replicator:of", case.dataset(new.name)).strip() == "-"
+    for other in (one, two):
+        with pytest.raises(VolumeBusy):
+            receive(case, replace(request, to=other), opened(case, None, other))
+
+
 def test_the_estimate_is_near(case: ZfsCase) -> None:
     one, two = make(case, "one", "two")
     for base in (None, one):
