@@ -9,7 +9,7 @@ why. A tag names the job, but not the node that runs it; so only what can be nob
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +26,10 @@ from replicator.runs import Runner, Task
 from replicator.settling import states_of
 
 LOG = logging.getLogger(__name__)
+
+
+_Idle = tuple[list[tuple[Version, str]], list[tuple[Version, str]]]
+"""Holds of a pair that nothing needs: on the source, on the target."""
 
 
 class Nodes(Protocol):
@@ -155,13 +159,17 @@ def release_idle(config: Config, runner: Runner, cancel: Cancellation) -> None:
             there = states.get((pair.target.node, pair.target_volume))
             if here is None or there is None or here.error is not None or there.error is not None:
                 continue
-            if any(_idle(pair, here.state, there.state)) and not _runs(runner, task):
-                _release_idle(runner, task, tasks, cancel)
+            if _runs(runner, task):
+                continue
+            found = _idle(pair, here.state, there.state)
+            # What is older than the newest common version no work needs, whatever begins now. A run that met us with
+            # the replica to ourselves would be skipped as busy.
+            _release_each(pair, found, lambda purpose: purpose is HoldPurpose.BASE)
+            if any(_purpose(tag) is not HoldPurpose.BASE for holds in found for _, tag in holds):
+                _release_works(runner, task, tasks, cancel)
 
 
-def _idle(
-    pair: Pair, source: VolumeState | None, target: VolumeState | None
-) -> tuple[list[tuple[Version, str]], list[tuple[Version, str]]]:
+def _idle(pair: Pair, source: VolumeState | None, target: VolumeState | None) -> _Idle:
     return idle_holds(source, target, pair.tag) if source is not None else ([], [])
 
 
@@ -169,9 +177,22 @@ def _runs(runner: Runner, task: Task) -> bool:
     return runner.tracker.get(task.key).progress is not None
 
 
-def _release_idle(runner: Runner, task: Task, tasks: Sequence[Task], cancel: Cancellation) -> None:
-    """Look once more with the replica to ourselves, and release. The origin of a clone that is being sent is left as
-    it is."""
+def _purpose(tag: str) -> HoldPurpose | None:
+    parsed = HoldTag.parse(tag)
+    return parsed.purpose if parsed is not None else None
+
+
+def _release_each(pair: Pair, found: _Idle, wanted: Callable[[HoldPurpose | None], bool]) -> None:
+    sides = ((pair.source, pair.source_volume), (pair.target, pair.target_volume))
+    for (endpoint, volume), holds in zip(sides, found, strict=True):
+        for version, tag in holds:
+            if wanted(_purpose(tag)):
+                _release(endpoint, volume, Leftover(version, tag, "no work under way needs it"))
+
+
+def _release_works(runner: Runner, task: Task, tasks: Sequence[Task], cancel: Cancellation) -> None:
+    """What a verification or the sending of a clone has left: a work that begins now would use it, so the replica is
+    had to ourselves, and looked at again. The origin of a clone that is being sent is left as it is."""
     pair = task.pair
     try:
         with runner.exclusive(task, cancel):
@@ -180,13 +201,8 @@ def _release_idle(runner: Runner, task: Task, tasks: Sequence[Task], cancel: Can
                 other.origin == pair.source_volume and other.key.target == task.key.target and _runs(runner, other)
                 for other in tasks
             )
-            sides = ((pair.source, pair.source_volume), (pair.target, pair.target_volume))
-            for (endpoint, volume), holds in zip(sides, found, strict=True):
-                for version, tag in holds:
-                    parsed = HoldTag.parse(tag)
-                    if sending and parsed is not None and parsed.purpose is HoldPurpose.CLONE:
-                        continue
-                    _release(endpoint, volume, Leftover(version, tag, "no work under way needs it"))
+            over = {HoldPurpose.VERIFY} if sending else {HoldPurpose.VERIFY, HoldPurpose.CLONE}
+            _release_each(pair, found, lambda purpose: purpose in over)
     except ReplicatorError as error:
         logs.event(LOG, "warning", "leftover holds not released", volume=pair.source_volume, error=error)
 
