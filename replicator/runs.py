@@ -32,7 +32,7 @@ from replicator.model import (
     snapshot_name,
 )
 from replicator.origins import origins_of
-from replicator.planning import Common, Plan, SendPolicy, newest_common, origin_guids
+from replicator.planning import Common, Plan, SendPolicy, newest_common, origin_guids, protected_guids
 from replicator.replication import Limits, Listed, Options, Pacer, Pair, Replication, Volumes
 from replicator.selection import included_storages, select
 from replicator.setting_types import Target
@@ -117,7 +117,7 @@ class Survey:
 
     :ivar backlog: estimated bytes of snapshots that the target does not have yet
     :ivar quiet: nothing was written to the volume since its newest snapshot, so a run takes none
-    :ivar origins: guids of snapshots that clones began as
+    :ivar protect: guids that no policy may destroy, on either side; known where both could be listed, whatever is wrong
     """
 
     common: Common | None
@@ -126,12 +126,7 @@ class Survey:
     error: ReplicatorError | None = None
     sizes: tuple[int | None, ...] = ()
     quiet: bool = False
-    origins: frozenset[str] = frozenset()
-
-    @property
-    def protect(self) -> frozenset[str]:
-        """Guids that no policy may destroy."""
-        return self.origins | {self.common.source.guid} if self.common is not None else self.origins
+    protect: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -289,9 +284,11 @@ class Runner:
         replication = Replication(
             task.pair, self.options(task), observer=_ignore, cancel=Cancellation(), volumes=volumes
         )
+        protect: frozenset[str] = frozenset()
         try:
             found, source, target = replication.plan(listed)
             common = newest_common(source, target)
+            protect = protected_guids(source, (target,), _policy(task))
             if not isinstance(found, Plan):
                 raise found.to_error()
             estimates: list[int | None] = []
@@ -303,10 +300,10 @@ class Runner:
                 estimates.append(size)
         except ReplicatorError as error:
             self.tracker.problem(task.key, _outcome_of(error), str(error), error.hint)
-            return Survey(None, None, 0, error)
+            return Survey(None, None, 0, error, protect=protect)
         backlog = sum(size or 0 for size in estimates)
         self._seen(task.key, common.target if common else None, backlog, as_of)
-        return Survey(common, found, backlog, sizes=tuple(estimates), origins=origin_guids(source, _policy(task)))
+        return Survey(common, found, backlog, sizes=tuple(estimates), protect=protect)
 
     def _seen(self, key: ReplicaKey, newest: Version | None, backlog: int, as_of: datetime | None = None) -> None:
         seen = self.tracker.seen(key, newest, backlog, self._clock(), as_of)
@@ -512,6 +509,8 @@ class Runner:
             report = replace(report, outcome="failed", code="internal", message=f"internal error: {error!r}")
         finally:
             self._recorder.transfer_progress(task.key, None)
+        if newest is None and entry.error is None:
+            entry.protect |= _needed(replication, task)
         outcome = replication.outcome
         report = replace(
             report,
@@ -695,6 +694,16 @@ def ready_tasks(waiting: Sequence[Task], running: Iterable[Task]) -> frozenset[R
     if ready or running:
         return ready
     return frozenset(task.key for task in waiting)  # origins in a circle: no storage has that, a peer may say so
+
+
+def _needed(replication: Replication, task: Task) -> frozenset[str]:
+    """What a target that did not come forward still needs of the source, on both sides, as far as it can be asked: it
+    may have lost the version that is held for it, and continue from an older one once somebody has said how."""
+    try:
+        _, source, target = replication.plan()
+    except ReplicatorError:
+        return frozenset()
+    return protected_guids(source, (target,), _policy(task))
 
 
 def _policy(task: Task) -> SendPolicy:

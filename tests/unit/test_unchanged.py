@@ -438,3 +438,33 @@ def test_a_bookmark_is_no_newest_snapshot() -> None:
     assert head.newest.kind is VersionKind.SNAPSHOT
     (taken,) = LocalEndpoint("a", {"store": memory}).snapshot(SnapshotRequest((VolumeId("store", "vm"),), "one"))
     assert taken.get() == one
+
+
+@pytest.mark.parametrize("by", ["run", "prune"])
+def test_what_a_target_in_conflict_may_continue_from_is_not_pruned(by: str) -> None:
+    world = World(rest='keep = {source = "last=2", target = "last=9"}')
+    source, target = world.memory["a"], world.memory["b"]
+    for number in range(2):
+        source.write("vm-1", 0, bytes([number]))
+        world.run()
+    older, newest = world.snapshots("a")
+    state = target.state("a/vm-1")
+    assert state is not None
+    for tag in state.snapshots[-1].holds:
+        target.release("a/vm-1", state.snapshots[-1].ref, tag)
+    target.destroy("a/vm-1", state.snapshots[-1].ref)
+    target.write("a/vm-1", 0, b"somebody was here")
+    for number in range(3):
+        world.now += timedelta(minutes=1)
+        source.write("vm-1", 0, bytes([9 - number]))
+        if by == "run":
+            reports = world.runner.run(world.job, "store:vm-1", None, lambda _: None, Cancellation())
+            assert [report.outcome for report in reports] == ["conflict"]
+        else:
+            name = snapshot_name("vms", world.now)
+            world.endpoints["a"].snapshot(SnapshotRequest((VolumeId("store", "vm-1"),), name))
+            tasks = world.runner.tasks(world.job, "store:vm-1")
+            volume = VolumeId("store", "vm-1")
+            world.endpoints["a"].prune(world.runner.source_prune_request(world.job, volume, tasks, dry_run=False))
+    assert world.snapshots("a")[:2] == [older, newest], "the last that both have, and the one that is held"
+    assert len(world.snapshots("a")) == 4
