@@ -14,6 +14,8 @@ from tests.lab.guests import Background, CommandFailed, Done, LabError, Node
 CONFIG = "/etc/replicator/replicator.toml"
 LOG = "/root/replicator.log"
 PORT = 8571
+LOOK_AGAIN = 1.5
+"""Seconds: each look is eight processes in the guest."""
 START_SECONDS = 120
 """Until a daemon answers: Python starts slowly under emulation."""
 
@@ -88,7 +90,7 @@ def until(holds: Callable[[], bool], seconds: float, told: Callable[[], str]) ->
             pass
         if time.monotonic() > deadline:
             raise LabError(f"not within {seconds:g} s", told())
-        time.sleep(0.5)
+        time.sleep(LOOK_AGAIN)
 
 
 def make_cluster(members: list[Member]) -> None:
