@@ -95,7 +95,7 @@ def _detach(context: Context, dataset: Dataset, base: Version | None, name: str)
         )  # fmt: skip
         context.change("zfs", "promote", passage, dataset=passage, doing="putting back")
     else:
-        placeholders.make_placeholder(context, passage, dataset.name)
+        placeholders.make_holder(context, passage, dataset.name)
     _swap(context, dataset.name, newer, dataset.children, kept)
     return kept
 

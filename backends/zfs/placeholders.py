@@ -24,11 +24,13 @@ from backends.zfs.context import Context
 from backends.zfs.failures import Operation, failure, is_missing
 from backends.zfs.listing import Dataset
 from backends.zfs.naming import MAX_DATASET
-from replicator.errors import InvalidName, NotAReplica, ReplicatorError
+from replicator.errors import InvalidName, NotAReplica, SnapshotExists
 from replicator.units import format_size
 
 ARRIVING = "replicator-arriving"
 """What the name of a replica ends with while it is received beside its placeholder."""
+MAKING = "replicator-making"
+"""What the name of a placeholder ends with until it is marked as one."""
 MAX_EMPTY = 1 << 20
 """Bytes that a filesystem without files may have (about 100 KiB with three copies of its metadata)."""
 
@@ -42,15 +44,34 @@ def arrival_of(dataset: str) -> str:
 
 
 def is_arrival(volume: str) -> bool:
-    """Whether this is the name of something that arrives, or below one."""
-    return any(part.endswith(f".{ARRIVING}") for part in volume.split("/"))
+    """Whether this is the name of something that arrives, or below one; or of a placeholder that is being made."""
+    return any(part.endswith((f".{ARRIVING}", f".{MAKING}")) for part in volume.split("/"))
 
 
-def make_placeholder(context: Context, dataset: str, stands_for: str) -> None:
+def make_holder(context: Context, dataset: str, stands_for: str) -> None:
     """A filesystem without data that only holds others."""
     settings = ("canmount=off", "mountpoint=none", f"{properties.PLACEHOLDER}={stands_for}")
     options = [word for setting in settings for word in ("-o", setting)]
     context.change("zfs", "create", "-u", *options, dataset, dataset=dataset, doing="making the placeholder")
+
+
+def make_placeholder(context: Context, dataset: str) -> None:
+    """Have a placeholder of that name; nothing happens if there is something.
+
+    ZFS gives a new dataset its properties a moment after it is there. Under its own name it would be somebody else's
+    until then, and for ever after a power cut: so it gets that name last.
+    """
+    with context.moving:
+        if context.listing.quick(dataset) is not None:
+            return
+        making = f"{dataset}.{MAKING}"
+        try:
+            make_holder(context, making, dataset)
+        except SnapshotExists:  # a power cut came between
+            mark = f"{properties.PLACEHOLDER}={dataset}"
+            settings = ("canmount=off", "mountpoint=none", mark)
+            context.change("zfs", "set", *settings, making, dataset=making, doing="making the placeholder")
+        move(context, making, dataset)
 
 
 def make_parents(context: Context, dataset: str) -> None:
@@ -62,11 +83,7 @@ def make_parents(context: Context, dataset: str) -> None:
         place = f"{place}/{part}"
         missing = missing or context.listing.quick(place) is None
         if missing:
-            try:
-                make_placeholder(context, place, place)
-            except ReplicatorError:  # another receive may have been faster
-                if context.listing.quick(place) is None:
-                    raise
+            make_placeholder(context, place)
 
 
 def settle(context: Context, dataset: str) -> tuple[Dataset | None, bool]:
@@ -108,7 +125,7 @@ def vacate(context: Context, begun: Dataset) -> str:
 def _bring_back(context: Context, arrival: Dataset, dataset: str, there: Dataset | None) -> None:
     """What has only begun to arrive holds no others: what is below it stays where it was."""
     if there is None:
-        make_placeholder(context, dataset, dataset)
+        make_placeholder(context, dataset)
     for child in arrival.children:
         move(context, child, dataset + child.removeprefix(arrival.name))
 

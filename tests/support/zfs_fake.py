@@ -164,6 +164,10 @@ class FakeZfs:
         self.datasets[args[-1]]["type"] = "filesystem"
         return Finished(args, 0, "", "")
 
+    def _rename(self, args: tuple[str, ...]) -> Finished:
+        self.datasets[args[3]] = self.datasets.pop(args[2])
+        return Finished(args, 0, "", "")
+
     def _get(self, args: tuple[str, ...]) -> Finished:
         return Finished(args, 0, "", "")
 
