@@ -1,7 +1,8 @@
 # make demo    the main job on this machine: two nodes, real changes, damage, repair, proof (under two minutes)
 # make test    format, lint, types, all tests (large counts sampled); under 30 minutes on two cores
 # make unit    the tests that run in seconds
-# make soak    the tests with the large counts in full
+# make soak    the tests with the large counts in full: hours
+# make host    the tests that need no guests
 # make lab     the tests on real OpenZFS 2.1 and 2.3 in emulated guests (root; the first time builds them, 5 min each)
 # make bench   every subject beside its peers; the tables, and JSON in benchmarks/results/
 # make clean   remove what was built
@@ -12,7 +13,10 @@ PYTHON := $(BIN)/python
 SOURCES := replicator backends scheduler transport tests benchmarks
 C_FILES := $(wildcard transport/*.c transport/*.h)
 
-.PHONY: demo test unit soak lab bench lint install clean
+LAB_TESTS = $(PYTHON) -m pytest -q --durations=10 --lab tests/lab
+SOAK =
+
+.PHONY: demo test unit soak host lab guests-2.1 guests-2.3 bench lint install clean
 .DEFAULT_GOAL := demo
 
 # From the distribution's Python, and seeing its packages: rados, rbd and pyzfs come only from there.
@@ -40,15 +44,28 @@ lint: $(VENV)/installed-test
 unit: $(VENV)/installed-test
 	$(PYTHON) -m pytest -q tests/unit
 
+# All at once, as guests wait a lot; what is said of the guests comes at the end.
 test: lint
-	$(PYTHON) -m pytest -q --durations=10
+	.ci/packages lab
+	@$(MAKE) --no-print-directory -j3 host guests-2.1 guests-2.3
 
 soak: lint
-	$(PYTHON) -m pytest -q --durations=20 --timeout=3600 --soak
+	.ci/packages lab
+	@$(MAKE) --no-print-directory -j3 SOAK=--soak host guests-2.1 guests-2.3
+
+host: $(VENV)/installed-test
+	$(PYTHON) -m pytest -q --durations=10 $(if $(SOAK),--soak --timeout=3600)
 
 lab: $(VENV)/installed-test
 	.ci/packages lab
-	$(PYTHON) -m pytest -q --durations=10 --lab tests/lab
+	$(LAB_TESTS)
+
+# OpenZFS 2.1 is in Debian bookworm, 2.3 in trixie.
+guests-2.1: CHOICE = not trixie
+guests-2.3: CHOICE = trixie
+guests-2.1 guests-2.3: $(VENV)/installed-test
+	@mkdir -p build
+	@$(LAB_TESTS) $(SOAK) -k "$(CHOICE)" > build/$@.txt 2>&1; status=$$?; echo "In $@:"; cat build/$@.txt; exit $$status
 
 bench: $(VENV)/installed-test
 	$(PYTHON) -m benchmarks

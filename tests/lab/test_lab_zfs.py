@@ -14,6 +14,7 @@ from tests.lab import pytest as guest_pytest
 from tests.lab.guests import CLUSTER, CommandFailed, DeadlinePassed, GuestLost, Lab, LabError, Node
 
 POOL = "smoke"
+SAMPLED = ("trixie",)
 
 # Building a root, booting and emulation: the first test of a suite pays for all.
 pytestmark = [pytest.mark.tier("guests"), pytest.mark.timeout(2400)]

@@ -11,7 +11,7 @@ from tests.lab import pytest as guest_pytest
 from tests.lab.guests import SUITES, Lab
 
 NODES = 1
-PARTS = 8
+PARTS = 16
 LEAST = 300
 """Tests of the suites that ZFS takes, at least: none may be lost by a wrong selection."""
 

@@ -126,6 +126,7 @@ def finish(pair: Pair, before: int, *, seen_by_target: bool = False) -> None:
     pair.equal()
 
 
+@pytest.mark.long
 def test_the_cable_is_cut(pair: Pair, count: Callable[[int, int], int]) -> None:
     for _ in range(count(1, 10)):
         pair.write()

@@ -11,7 +11,7 @@ from tests.lab import pytest as guest_pytest
 from tests.lab.guests import SUITES, Lab
 
 NODES = 1
-SCENARIOS, PARTS = 17, 5
+SCENARIOS, PARTS = 17, 8
 
 pytestmark = [pytest.mark.tier("guests"), pytest.mark.timeout(guest_pytest.RUN_SECONDS + 600)]
 
