@@ -87,7 +87,9 @@ _RULES = (
     _rule(
         r"used in the initial send no longer exists|no longer the same snapshot used|"
         r"resume token is corrupt|cannot resume send|incompatible with already received|"
-        r"does not match the partial|kernel modules must be upgraded to resume",
+        r"does not match the partial|kernel modules must be upgraded to resume|"
+        # Of a resumed clone: 2.1 takes the first snapshot of the pool that has the base's GUID, such as its replica.
+        r"invalid cross-device link",
         StaleResume,
         "the next run discards what was received and sends the snapshot from the start",
     ),

@@ -21,6 +21,7 @@ from replicator.errors import (
     NotAReplica,
     ProtocolError,
     SnapshotHeld,
+    StaleResume,
     Unsupported,
 )
 from replicator.model import Capability, Lineage, Origin, Property, Role, StreamKind, Version, VolumeId
@@ -225,7 +226,11 @@ def test_a_clone_stays_a_clone(case: ZfsCase) -> None:
     resume = state(case, COPY).resume
     assert resume is not None
     assert resume.base_guid == one.guid
-    made = receive(case, replace(into, resume=resume), sent(case, "copy", first, one, resume=resume))
+    try:
+        made = receive(case, replace(into, resume=resume), sent(case, "copy", first, one, resume=resume))
+    except StaleResume:  # 2.1, where the replica of the base is in the same pool
+        case.backend.abort_receive(COPY.name)
+        made = receive(case, into, sent(case, "copy", first, one))
     assert made.holds == ("replicator:a:b:c",)
     receive(case, asked(first, second, volume=COPY, lineage=OTHER), sent(case, "copy", second, first))
     assert value(case, "origin", COPY.name) == f"{case.dataset(REPLICA.name)}@one"

@@ -249,6 +249,7 @@ WORDS: list[tuple[str, type[ReplicatorError]]] = [
     ("cannot receive new filesystem stream: out of space", NoSpace),
     ("cannot receive incremental stream: destination tank/a space quota exceeded.", NoSpace),
     ("cannot resume send: 'tank/vm/a@one' used in the initial send no longer exists", StaleResume),
+    ("warning: cannot send 'tank/vm/a@one': Invalid cross-device link", StaleResume),
     ("cannot resume send: 'tank/vm/a@one' is no longer the same snapshot used in the initial send", StaleResume),
     ("cannot receive resume stream: checksum mismatch or incomplete stream.\nPartially received snapshot is saved.",
      ChecksumMismatch),
