@@ -424,7 +424,7 @@ def suspend(field: Field, table: str) -> None:
 
 def test_a_pool_that_is_suspended_keeps_nothing_else_waiting(field: Field) -> None:
     size = int(field.shell("blockdev --getsz /dev/vdc"))
-    field.shell("zpool labelclear -f /dev/vdc", check=False)
+    field.shell("zpool destroy -f sick; dmsetup remove --retry sick; zpool labelclear -f /dev/vdc", check=False)
     field.shell(f"dmsetup create sick --table '0 {size} linear /dev/vdc 0'")
     field.shell("zpool create -f -O mountpoint=none sick /dev/mapper/sick && zfs create sick/backup")
     config = CONFIG.replace('targets = ["there"]', 'targets = ["there", "ill"]').replace(
