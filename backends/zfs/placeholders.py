@@ -71,7 +71,10 @@ def make_placeholder(context: Context, dataset: str) -> None:
             mark = f"{properties.PLACEHOLDER}={dataset}"
             settings = ("canmount=off", "mountpoint=none", mark)
             context.change("zfs", "set", *settings, making, dataset=making, doing="making the placeholder")
-        move(context, making, dataset)
+        try:
+            move(context, making, dataset)
+        except SnapshotExists:  # what it was to stand for has begun to arrive, in its place
+            context.change_if_there("zfs", "destroy", making, dataset=making, doing="removing the placeholder")
 
 
 def make_parents(context: Context, dataset: str) -> None:

@@ -51,6 +51,8 @@ class Pool(RecordedRunner):
             raise InterruptedError("power cut")
         self.done.append(args[1:])
         if args[1] == "rename":
+            if args[3] in self.rows:
+                return Finished(args, 1, "", f"cannot rename '{args[2]}': dataset already exists")
             self._rename(*args[2:])
         elif args[1] == "destroy":
             del self.rows[args[2]]
@@ -70,7 +72,6 @@ class Pool(RecordedRunner):
         return Finished(args, 0, "", "")
 
     def _rename(self, old: str, new: str) -> None:
-        assert new not in self.rows, f"{new} exists"
         for name in [n for n in self.rows if n == old or n.startswith((f"{old}/", f"{old}@"))]:
             line = self.rows.pop(name)
             self.rows[new + name.removeprefix(old)] = new + line.removeprefix(old)
@@ -152,6 +153,20 @@ def test_a_placeholder_has_its_name_only_once_it_is_marked_whenever_that_is_cut(
         assert made.is_placeholder
         assert making not in pool.rows
     assert placeholders.is_arrival(f"p/top.{placeholders.MAKING}"), "and is no volume until then"
+
+
+def test_a_placeholder_is_not_needed_where_the_volume_begins_to_arrive_meanwhile() -> None:
+    class Arriving(Pool):
+        def run(self, argv: Sequence[str], deadline: float) -> Finished:
+            done = super().run(argv, deadline)
+            if argv[1] == "create":
+                self.rows[TOP] = replica(TOP, 4)
+            return done
+
+    pool = Arriving(row("tank/vm", "filesystem"), row("tank/vm/p", "filesystem", replicator__placeholder="tank/vm/p"))
+    placeholders.make_parents(context(pool), f"{TOP}/a")
+    assert set(pool.rows) == {"tank/vm", "tank/vm/p", TOP}
+    assert pool.rows[TOP] == replica(TOP, 4)
 
 
 def test_what_still_arrives_is_shown_and_moves_nothing() -> None:
