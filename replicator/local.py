@@ -394,6 +394,8 @@ class LocalEndpoint:
             )
         with self._locks.writing(volume, "renaming it"), self._locks.writing(new, f"renaming {volume} to it"):
             there, taken = backend.state(volume.name), backend.state(new.name)
+            if there is not None and taken is not None:  # between the two looks it may have moved with what is above it
+                there = backend.state(volume.name)
             lineage = (there or taken or self._existing(volume)).lineage
             if lineage is None or lineage.role is not Role.REPLICA:
                 raise NotAReplica(

@@ -99,6 +99,21 @@ def world() -> World:
 # -- renamed
 
 
+def test_a_replica_that_moves_with_its_parent_just_then(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = VolumeId("backup", "prox1/vm"), VolumeId("backup", "prox1/web/vm")
+    looked = world.target.state
+
+    def state(name: str) -> VolumeState | None:
+        found = looked(name)
+        if found is not None and name == old.name:
+            world.target.rename(old.name, new.name)
+        return found
+
+    monkeypatch.setattr(world.target, "state", state)
+    LocalEndpoint("prox2", {"backup": world.target}).rename(old, new)
+    assert world.replicas() == [new.name]
+
+
 def test_the_replica_of_a_renamed_volume_gets_its_new_name(world: World) -> None:
     world.source.rename("vm", "web/vm")
     world.source.write("web/vm", 0, b"new")
