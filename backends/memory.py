@@ -300,7 +300,8 @@ class MemoryBackend(OneByOne):
     def rename(self, volume: str, new: str) -> None:
         """See :class:`~backends.base.Backend`."""
         with self._lock:
-            self._volumes[names.check_volume(new)] = self._volumes.pop(volume)
+            self._volumes[names.check_volume(new)] = self._volume(volume)
+            del self._volumes[volume]
 
     def properties(self, _volume: str) -> tuple[Property, ...]:
         """None that matter."""

@@ -405,8 +405,14 @@ class LocalEndpoint:
                 raise NotAReplica(
                     f"{volume} cannot be renamed to {new}: that exists", hint=f"rename or remove {new} if it is yours"
                 )
-            if there is not None:
+            if there is None:
+                return
+            try:
                 backend.rename(volume.name, new.name)
+            except NoSuchVolume:
+                moved = backend.state(new.name)
+                if moved is None or moved.lineage != there.lineage:
+                    raise
 
     def properties(self, volume: VolumeId) -> tuple[Property, ...]:
         """See :class:`~replicator.endpoint.Endpoint`."""

@@ -99,17 +99,24 @@ def world() -> World:
 # -- renamed
 
 
-def test_a_replica_that_moves_with_its_parent_just_then(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("when", ["looked", "renamed"])
+def test_a_replica_that_moves_with_its_parent_just_then(
+    world: World, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
     old, new = VolumeId("backup", "prox1/vm"), VolumeId("backup", "prox1/web/vm")
-    looked = world.target.state
+    looked, renamed = world.target.state, world.target.rename
 
     def state(name: str) -> VolumeState | None:
         found = looked(name)
         if found is not None and name == old.name:
-            world.target.rename(old.name, new.name)
+            renamed(old.name, new.name)
         return found
 
-    monkeypatch.setattr(world.target, "state", state)
+    def rename(name: str, to: str) -> None:
+        renamed(name, to)
+        renamed(name, to)
+
+    monkeypatch.setattr(world.target, *(("state", state) if when == "looked" else ("rename", rename)))
     LocalEndpoint("prox2", {"backup": world.target}).rename(old, new)
     assert world.replicas() == [new.name]
 
