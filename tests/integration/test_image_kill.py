@@ -8,7 +8,7 @@ import random
 import select
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,13 +66,31 @@ def check(folder: Path, committed: list[str]) -> None:
         assert image(folder, "target", newest.name).read_bytes() == content(int(newest.name[1:]))
 
 
+SPAN = 0.8
+MORE = 20
+
+
+def moments(number: int, committed: list[str]) -> Iterator[float]:
+    """Random moments, in seconds; further and later ones where that was too soon for anything on a busy machine.
+
+    :param committed: filled meanwhile
+    """
+    span = SPAN
+    for turn in range(number + MORE):
+        if turn >= number and committed:
+            return
+        yield random.uniform(0, span)
+        if not committed:
+            span *= 1.5
+
+
 def rounds(folder: Path, number: int) -> None:
-    total = 0
-    for _ in range(number):
-        committed = work_until(folder, random.uniform(0, 0.8), lambda worker: worker.kill())
-        total += len(committed)
+    ever: list[str] = []
+    for moment in moments(number, ever):
+        committed = work_until(folder, moment, lambda worker: worker.kill())
+        ever += committed
         check(folder, committed)
-    assert total
+    assert ever
 
 
 def test_killed_at_random_moments_with_copies(tmp_path: Path, count: Callable[[int, int], int]) -> None:
@@ -104,17 +122,17 @@ def remount(mount: Path, disk: Path, copy: Path, *options: str) -> None:
 
 def cut_rounds(mount: Path, number: int, *options: str) -> None:
     disk = first = mount.parent / "fs.img"
-    total = 0
-    for turn in range(number):
-        committed = work_until(mount, random.uniform(0, 0.8), lambda _: shut_down(mount))
+    ever: list[str] = []
+    for turn, moment in enumerate(moments(number, ever)):
+        committed = work_until(mount, moment, lambda _: shut_down(mount))
         copy = mount.parent / f"fs-{turn}.img"
         remount(mount, disk, copy, *options)
         if disk != first:
             disk.unlink()
         disk = copy
-        total += len(committed)
+        ever += committed
         check(mount, committed)
-    assert total
+    assert ever
 
 
 @pytest.mark.tier("xfs")

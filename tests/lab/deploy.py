@@ -116,7 +116,7 @@ def deploy(node: Node) -> None:
     files = [f"--include=/{name}" for name in _FILES]
     node.rsync("--archive", "--delete", *kept, *folders, *files, "--exclude=/*", f"{PROJECT}/", f"node:{SOURCE}/")
     only = ("--exclude=*-pytest-*", "--include=*/", "--include=*.pyc", "--exclude=*")
-    node.rsync("--archive", "--checksum", "--delete", *only, f"{code}/", f"node:{SOURCE}/")
+    node.rsync("--archive", "--chmod=D755,F644", "--checksum", "--delete", *only, f"{code}/", f"node:{SOURCE}/")
     node.rsync("--archive", f"{compiled}/", f"node:{SOURCE}/transport/")
 
 
