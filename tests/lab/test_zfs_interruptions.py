@@ -16,7 +16,6 @@ from tests.lab.guests import Background, Lab
 from tests.lab.test_zfs_tree import contents
 
 NODES = 2
-SAMPLED = ("bookworm",)
 JOB = "cut"
 MIB = 1 << 20
 SIZE = 64 * MIB
@@ -154,7 +153,8 @@ def test_the_daemon_is_killed(pair: Pair, side: str, count: Callable[[int, int],
         finish(pair, before)
 
 
-@pytest.mark.parametrize("side", [pytest.param("source", marks=pytest.mark.long), "target"])
+@pytest.mark.long
+@pytest.mark.parametrize("side", ["source", "target"])
 def test_the_power_is_cut(pair: Pair, side: str, count: Callable[[int, int], int]) -> None:
     member, by_target = (pair.one, True) if side == "source" else (pair.two, False)
     for _ in range(count(1, 10)):
