@@ -17,7 +17,7 @@ from typing import Protocol
 from replicator.cancellation import Cancellation
 from replicator.conflicts import Conflict, Recreated, Route
 from replicator.endpoint import Endpoint, ReceiveMode, ReceiveRequest, SendRequest, VolumeListing
-from replicator.errors import NoSuchVolume, ReplicatorError, StaleResume, StorageError
+from replicator.errors import NoSuchVolume, ReplicatorError, StaleResume, StorageError, VolumeBusy
 from replicator.model import (
     DIVERGED_PREFIX,
     Capability,
@@ -257,11 +257,15 @@ class Replication:
         self._asked: tuple[Property, ...] | None = None
         self.outcome = Outcome()
 
-    def plan(self, listed: Listed | None = None) -> tuple[Plan | Conflict, VolumeState, VolumeState | None]:
+    def plan(
+        self, listed: Listed | None = None, *, again: bool = False
+    ) -> tuple[Plan | Conflict, VolumeState, VolumeState | None]:
         """List both sides and plan; changes nothing.
 
         :param listed: both sides, where they were listed just now
+        :param again: a replica was not found where it was listed, which is looked at once more and not for ever
         :raises NoSuchVolume: the source volume does not exist
+        :raises VolumeBusy: the target lists a replica that is not there
         """
         pair = self._pair
         source = listed[0].get() if listed is not None else pair.source.state(pair.source_volume)
@@ -280,8 +284,13 @@ class Replication:
             renamed = find_replica(pair, source.lineage, self._volumes)
             target = pair.target.state(renamed) if renamed is not None else None
             if renamed is not None and target is None:  # it has moved since, perhaps to where it should be
+                if again:
+                    raise VolumeBusy(
+                        f"{renamed} of node {pair.target.node} is listed, and is not there",
+                        hint="it may be on its way to another name; the next attempt looks again",
+                    )
                 self._volumes.forget()
-                return self.plan()
+                return self.plan(again=True)
         route = Route.between(pair.source_volume, here, pair.target.node, there)
         origin = OriginThere()
         if Capability.ORIGINS in here.capabilities & there.capabilities:

@@ -509,7 +509,7 @@ class Runner:
             report = replace(report, outcome="failed", code="internal", message=f"internal error: {error!r}")
         finally:
             self._recorder.transfer_progress(task.key, None)
-        if newest is None and entry.error is None:
+        if newest is None and entry.error is None and report.code != "peer_unreachable":
             entry.protect |= _needed(replication, task)
         outcome = replication.outcome
         report = replace(

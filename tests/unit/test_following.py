@@ -14,7 +14,15 @@ from replicator.cancellation import Cancellation
 from replicator.conflicts import Recreated
 from replicator.control import Orphan
 from replicator.endpoint import Endpoint, PruneRequest, ReceiveRequest, SendRequest, SnapshotRequest
-from replicator.errors import ConflictError, NotAReplica, SnapshotHeld, StaleEpoch, StaleResume, Unsupported
+from replicator.errors import (
+    ConflictError,
+    NotAReplica,
+    SnapshotHeld,
+    StaleEpoch,
+    StaleResume,
+    Unsupported,
+    VolumeBusy,
+)
 from replicator.local import LocalEndpoint, PeerView
 from replicator.mending import Mender, Results
 from replicator.model import (
@@ -119,6 +127,17 @@ def test_a_replica_that_moves_with_its_parent_just_then(
     monkeypatch.setattr(world.target, *(("state", state) if when == "looked" else ("rename", rename)))
     LocalEndpoint("prox2", {"backup": world.target}).rename(old, new)
     assert world.replicas() == [new.name]
+
+
+def test_a_target_that_lists_what_is_not_there_is_not_asked_for_ever(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.source.rename("vm", "web/vm")
+    listed = world.target.volumes()
+    monkeypatch.setattr(world.target, "volumes", lambda: listed)
+    monkeypatch.setattr(world.target, "state", lambda _: None)
+    with pytest.raises(VolumeBusy, match="is listed, and is not there"):
+        world.replication("web/vm").plan()
 
 
 def test_the_replica_of_a_renamed_volume_gets_its_new_name(world: World) -> None:
