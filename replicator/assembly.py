@@ -158,7 +158,7 @@ def _findings(
     yield from checks.storages(local.storages())
     yield from checks.privileges(config, local.lacking)
     yield from checks.peers(network.peers(probe=True))
-    yield from checks.jobs(config, runner, network.endpoint)
+    yield from checks.jobs(config, runner.tasks, network.endpoint)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from replicator.control import Finding, Level, PeerStatus
 from replicator.endpoint import Endpoint
 from replicator.errors import ReplicatorError
 from replicator.model import Capability, Lack, StorageInfo, StreamKind
-from replicator.runs import Runner
+from replicator.tasks import Tasks
 
 MAX_CLOCK_DIFFERENCE = 2.0
 """Seconds; lag is the age of a snapshot by the source's clock, so clocks that differ make it wrong by as much."""
@@ -144,12 +144,12 @@ def privileges(config: Config, lacking: Callable[[str, Capability], tuple[Lack, 
             yield Finding(f"storage {name}", Level.FAILED if lack.needed else Level.WARNING, lack.message, lack.remedy)
 
 
-def jobs(config: Config, runner: Runner, endpoint: Callable[[str], Endpoint]) -> Iterator[Finding]:
+def jobs(config: Config, tasks: Tasks, endpoint: Callable[[str], Endpoint]) -> Iterator[Finding]:
     """Whether each job's volumes are there, and its targets can take them."""
     for job in config.jobs.values():
         subject = f"job {job.name}"
         try:
-            volumes = runner.volumes(job)
+            volumes = tasks.volumes(job)
             streams = {(info := endpoint(job.source.node).storage(name)).stream: info for name in job.source.storages}
             size = sum(
                 volume.size or 0

@@ -43,9 +43,12 @@ from replicator.model import (
     snapshot_name,
 )
 from replicator.orphans import find_orphans
+from replicator.pruning import source_request, target_request
 from replicator.restoring import Place, Restores, restore
-from replicator.runs import Network, Runner, Survey, Task
+from replicator.runs import Runner
 from replicator.settings import Job
+from replicator.surveys import Survey
+from replicator.tasks import Network, Task
 from replicator.tracker import Replica, ReplicaKey
 from replicator.verification import Resync, Verification, ways_out
 from replicator.version import version
@@ -132,7 +135,7 @@ class Engine:
         found: list[Task] = []
         for job in self._jobs():
             with suppress(NoSuchVolume, UsageError):
-                found.extend(self._runner.tasks(job, volume, target))
+                found.extend(self._runner.tasks.of(job, volume, target))
         if not found:
             where = f" to {target}" if target else ""
             raise NoSuchVolume(
@@ -147,7 +150,7 @@ class Engine:
         """List all volumes and replicas anew. A job whose source does not answer keeps what was known."""
         for job in self._jobs():
             try:
-                tasks = self._runner.tasks(job)
+                tasks = self._runner.tasks.of(job)
             except ReplicatorError as error:
                 LOG.warning("job %s: %s", job.name, error)
                 for replica in self._tracker.all():
@@ -157,7 +160,7 @@ class Engine:
             self._look_for_orphans(job, tasks)
             for task in tasks:
                 self._remember(task)
-            self._runner.survey_all(tasks)
+            self._runner.surveys.of_all(tasks)
 
     def _remember(self, task: Task) -> None:
         """Fill in what the history knows of a replica that this process has not seen a run of."""
@@ -227,8 +230,8 @@ class Engine:
         """See Control."""
         found: list[PlannedReplica] = []
         for item in self._jobs(job):
-            tasks = self._runner.tasks(item)
-            surveys = self._runner.survey_all(tasks)
+            tasks = self._runner.tasks.of(item)
+            surveys = self._runner.surveys.of_all(tasks)
             protect: dict[VolumeId, frozenset[str]] = {}
             for task in tasks:
                 volume = task.pair.source_volume
@@ -277,14 +280,13 @@ class Engine:
         return PlannedReplica(key.job, key.volume, key.target, steps, (), self._target_prunes(task, survey), notes)
 
     def _source_prunes(self, task: Task, protect: frozenset[str]) -> tuple[PruneOutcome, ...]:
-        pair, job = task.pair, task.job
-        ours = PruneRequest(pair.source_volume, job.name, job.keep.source, tuple(sorted(protect)), dry_run=True)
-        return tuple(outcome for outcome in pair.source.prune(ours) if not outcome.kept)
+        ours = source_request(task.job, task.pair.source_volume, protect, dry_run=True)
+        return tuple(outcome for outcome in task.pair.source.prune(ours) if not outcome.kept)
 
     def _target_prunes(self, task: Task, survey: Survey) -> tuple[PruneOutcome, ...]:
         if survey.common is None:
             return ()
-        theirs = self._runner.target_prune_request(task, survey.protect, dry_run=True)
+        theirs = target_request(task, survey.protect, dry_run=True)
         if survey.plan is not None and survey.plan.renamed is not None:
             theirs = replace(theirs, volume=survey.plan.renamed)  # it has its new name only once a run has begun
         return tuple(outcome for outcome in task.pair.target.prune(theirs) if not outcome.kept)
@@ -300,7 +302,7 @@ class Engine:
         reports = self._runner.run(item, volume, target, listen, cancel)
         if self._orphans.get(job) or before - {replica.key for replica in self._tracker.all()}:
             with suppress(ReplicatorError):
-                self._look_for_orphans(item, self._runner.tasks(item))
+                self._look_for_orphans(item, self._runner.tasks.of(item))
         return reports
 
     def job_failed(self, job: str, error: ReplicatorError) -> None:
@@ -347,7 +349,7 @@ class Engine:
     def verify_job(self, job: str, cancel: Cancellation) -> tuple[Verification, ...]:
         """Verify all replicas of a job, as its ``verify`` schedule wants; a failure of one does not stop the others."""
         results = []
-        for task in self._runner.tasks(self._job(job)):
+        for task in self._runner.tasks.of(self._job(job)):
             try:
                 results.append(self._mender.verify(task, None, False, lambda _: None, cancel))
             except ReplicatorError as error:
@@ -398,16 +400,16 @@ class Engine:
         """See Control."""
         item = self._job(job)
         by_volume: dict[VolumeId, list[Task]] = {}
-        for task in self._runner.tasks(item):
+        for task in self._runner.tasks.of(item):
             by_volume.setdefault(task.pair.source_volume, []).append(task)
         reports = []
         for volume, tasks in by_volume.items():
-            request = self._runner.source_prune_request(item, volume, tasks, dry_run=dry_run)
+            request = source_request(item, volume, self._runner.surveys.protected(tasks), dry_run=dry_run)
             reports.append(_pruned(tasks[0].pair.source, request))
             for task in tasks:
                 try:
-                    survey = self._runner.survey(task, sizes=False)
-                    theirs = self._runner.target_prune_request(task, survey.protect, dry_run=dry_run)
+                    survey = self._runner.surveys.of(task, sizes=False)
+                    theirs = target_request(task, survey.protect, dry_run=dry_run)
                     if task.pair.target.state(task.pair.target_volume) is None:
                         continue
                 except ReplicatorError as error:

@@ -22,8 +22,9 @@ from replicator.model import HoldPurpose, HoldTag, Role, Version, VolumeId, Volu
 from replicator.planning import idle_holds
 from replicator.replication import Pair
 from replicator.restoring import Restores
-from replicator.runs import Runner, Task
-from replicator.settling import states_of
+from replicator.settling import places, states_of
+from replicator.tasks import Task, Tasks
+from replicator.turns import Turns
 
 LOG = logging.getLogger(__name__)
 
@@ -145,36 +146,31 @@ def release_at_peers(config: Config, nodes: Nodes) -> None:
                         _release(endpoint, state.id, Leftover(version, tag, why))
 
 
-def release_idle(config: Config, runner: Runner, cancel: Cancellation) -> None:
+def release_idle(config: Config, tasks: Tasks, turns: Turns, cancel: Cancellation) -> None:
     """Release what runs and verifications of jobs that still exist have left on volumes that stand still."""
     for job in config.jobs.values():
         try:
-            tasks = runner.tasks(job)
+            found = tasks.of(job)
         except ReplicatorError:  # its source is not there: its status says so
             continue
-        states = states_of([task.pair for task in tasks])
-        for task in tasks:
+        states = states_of([task.pair for task in found])
+        for task in found:
             pair = task.pair
-            here = states.get((pair.source.node, pair.source_volume))
-            there = states.get((pair.target.node, pair.target_volume))
+            here, there = (states.get(place) for place in places(pair))
             if here is None or there is None or here.error is not None or there.error is not None:
                 continue
-            if _runs(runner, task):
+            if turns.taken(task):
                 continue
-            found = _idle(pair, here.state, there.state)
+            idle = _idle(pair, here.state, there.state)
             # What is older than the newest common version no work needs, whatever begins now. A run that met us with
             # the replica to ourselves would be skipped as busy.
-            _release_each(pair, found, lambda purpose: purpose is HoldPurpose.BASE)
-            if any(_purpose(tag) is not HoldPurpose.BASE for holds in found for _, tag in holds):
-                _release_works(runner, task, tasks, cancel)
+            _release_each(pair, idle, lambda purpose: purpose is HoldPurpose.BASE)
+            if any(_purpose(tag) is not HoldPurpose.BASE for holds in idle for _, tag in holds):
+                _release_works(turns, task, found, cancel)
 
 
 def _idle(pair: Pair, source: VolumeState | None, target: VolumeState | None) -> _Idle:
     return idle_holds(source, target, pair.tag) if source is not None else ([], [])
-
-
-def _runs(runner: Runner, task: Task) -> bool:
-    return runner.tracker.get(task.key).progress is not None
 
 
 def _purpose(tag: str) -> HoldPurpose | None:
@@ -190,15 +186,15 @@ def _release_each(pair: Pair, found: _Idle, wanted: Callable[[HoldPurpose | None
                 _release(endpoint, volume, Leftover(version, tag, "no work under way needs it"))
 
 
-def _release_works(runner: Runner, task: Task, tasks: Sequence[Task], cancel: Cancellation) -> None:
+def _release_works(turns: Turns, task: Task, tasks: Sequence[Task], cancel: Cancellation) -> None:
     """What a verification or the sending of a clone has left: a work that begins now would use it, so the replica is
     had to ourselves, and looked at again. The origin of a clone that is being sent is left as it is."""
     pair = task.pair
     try:
-        with runner.exclusive(task, cancel):
+        with turns.exclusive(task, cancel):
             found = _idle(pair, pair.source.state(pair.source_volume), pair.target.state(pair.target_volume))
             sending = any(
-                other.origin == pair.source_volume and other.key.target == task.key.target and _runs(runner, other)
+                other.origin == pair.source_volume and other.key.target == task.key.target and turns.taken(other)
                 for other in tasks
             )
             over = {HoldPurpose.VERIFY} if sending else {HoldPurpose.VERIFY, HoldPurpose.CLONE}
@@ -207,7 +203,7 @@ def _release_works(runner: Runner, task: Task, tasks: Sequence[Task], cancel: Ca
         logs.event(LOG, "warning", "leftover holds not released", volume=pair.source_volume, error=error)
 
 
-def release_restores(config: Config, nodes: Nodes, runner: Runner, restores: Restores) -> None:
+def release_restores(config: Config, nodes: Nodes, tasks: Tasks, restores: Restores) -> None:
     """Release what restores of this node have left over wherever they may have copied from."""
     node = config.node.name
     local = nodes.endpoint(node)
@@ -224,7 +220,7 @@ def release_restores(config: Config, nodes: Nodes, runner: Runner, restores: Res
             look(local, state)
     for job in config.jobs.values():
         try:
-            pairs = [task.pair for task in runner.tasks(job)]
+            pairs = [task.pair for task in tasks.of(job)]
         except ReplicatorError:
             continue
         endpoints = {endpoint.node: endpoint for pair in pairs for endpoint in (pair.source, pair.target)}

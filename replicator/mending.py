@@ -14,7 +14,8 @@ from replicator.model import Capability, Progress, Role, StreamKind, VerifyBy, V
 from replicator.planning import newest_common
 from replicator.rejoining import Manner, manner, rejoin, sent_whole
 from replicator.replication import Observer, Pair, Replication, find_replica
-from replicator.runs import Runner, Task
+from replicator.runs import Runner
+from replicator.tasks import Task
 from replicator.units import format_size
 from replicator.verification import Mismatch, Resync, Verification
 

@@ -64,7 +64,7 @@ class PeerNetwork:
         return self._config.node.name
 
     def endpoint(self, node: str, job: Job | None = None) -> Endpoint:
-        """See :class:`~replicator.runs.Network`."""
+        """See :class:`~replicator.tasks.Network`."""
         if self._config.is_local(node):
             return self._local
         peer = self._peer(node)
@@ -77,7 +77,7 @@ class PeerNetwork:
         )
 
     def pool(self, node: str, storage: str) -> str | None:
-        """See :class:`~replicator.runs.Network`."""
+        """See :class:`~replicator.tasks.Network`."""
         if not self._config.is_local(node):
             return None
         match self._config.storages.get(storage):

@@ -18,7 +18,7 @@ _CHECKS = 100
 
 
 class Recording:
-    """The :class:`~replicator.runs.Recorder` and the :class:`~replicator.engine.Memory` of this node.
+    """The :class:`~replicator.reporting.Recorder` and the :class:`~replicator.engine.Memory` of this node.
 
     Never fails a run: neither the history nor the metrics raise.
     """

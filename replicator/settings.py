@@ -224,6 +224,12 @@ class Job(Table):
         """The time zone of the schedules; None for this machine's."""
         return None if self.timezone is None else ZoneInfo(self.timezone)
 
+    @property
+    def skips_unchanged(self) -> bool:
+        """Whether a volume that nobody wrote to gets no snapshot. Where hooks make the data consistent, nobody knows
+        what is on the volume before they have run."""
+        return self.quiesce is None and self.unchanged == "skip"
+
 
 class Limits(Table):
     """``[limits]``: of this node.

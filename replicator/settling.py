@@ -28,6 +28,17 @@ Place = tuple[str, VolumeId]
 Found = TypeVar("Found")
 
 
+def places(pair: Pair) -> tuple[Place, Place]:
+    """Where a volume and its replica are."""
+    return (pair.source.node, pair.source_volume), (pair.target.node, pair.target_volume)
+
+
+def settled_in(heads: Mapping[Place, Head], pair: Pair, policy: SendPolicy) -> Common | None:
+    """:func:`settled`, of a pair in what :func:`heads_of` has found."""
+    here, there = places(pair)
+    return settled(heads.get(here), heads.get(there), policy, pair.tag)
+
+
 def settled(source: Head | None, target: Head | None, policy: SendPolicy, tag: str) -> Common | None:
     """The version that both sides have, if with it there is nothing left to do: the source's live data, on a replica
     of the same family that nobody wrote to, held on both sides. None leaves it to a plan to find out more."""
@@ -109,8 +120,7 @@ class RunListing:
         """Both sides as they were listed; None where that is too long ago, or failed."""
         if self._clock() > self._until:
             self._states = {}
-        here = self._states.get((pair.source.node, pair.source_volume))
-        there = self._states.get((pair.target.node, pair.target_volume))
+        here, there = (self._states.get(place) for place in places(pair))
         if here is None or there is None or here.error is not None or there.error is not None:
             return None
         return here, there

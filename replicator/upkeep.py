@@ -82,8 +82,8 @@ class Upkeep:
         node = self._node
         leftovers.release(node.config, node.local)
         leftovers.release_at_peers(node.config, node.network)
-        leftovers.release_idle(node.config, node.runner, self._cancel)
-        leftovers.release_restores(node.config, node.network, node.runner, node.engine.restores)
+        leftovers.release_idle(node.config, node.runner.tasks, node.runner.turns, self._cancel)
+        leftovers.release_restores(node.config, node.network, node.runner.tasks, node.engine.restores)
 
     def _probe(self, identity: Identity) -> None:
         came = False

@@ -45,10 +45,11 @@ from replicator.model import (
 from replicator.orphans import find_orphans
 from replicator.planning import Intermediates, Plan, SendPolicy
 from replicator.replication import Options, Outcome, Pair, Replication
-from replicator.runs import Runner, Task, ready_tasks
+from replicator.runs import Runner, ready_tasks
 from replicator.selection import SnapshotPatterns
 from replicator.settings import Job
 from replicator.streams import Chunk, ChunkStream, NativeChunk, Stream
+from replicator.tasks import Task
 from replicator.tracker import ReplicaKey, Tracker
 from tests.support.blocks import pattern
 from tests.support.faults import Crash, Fault, FaultyEndpoint, Point

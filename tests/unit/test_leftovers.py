@@ -228,11 +228,11 @@ def test_what_a_cut_off_work_left_on_a_volume_that_stands_still() -> None:
         both_held(world, each)
     both_held(world, verify_tag(tag), -1)
     read_config = config.parse(CONFIG.format(targets='["b:store"]', rest=""))
-    (task, *_) = world.runner.tasks(world.job)
+    (task, *_) = world.runner.tasks.of(world.job)
     with world.tracker.running(task.key):
-        leftovers.release_idle(read_config, world.runner, Cancellation())
+        leftovers.release_idle(read_config, world.runner.tasks, world.runner.turns, Cancellation())
     assert both_holds(world) == [{tag, clone_tag(tag), verify_tag(tag), "by-hand"}] * 2
-    leftovers.release_idle(read_config, world.runner, Cancellation())
+    leftovers.release_idle(read_config, world.runner.tasks, world.runner.turns, Cancellation())
     assert both_holds(world) == [{tag, "by-hand"}] * 2
     for memory, volume in ((world.memory["a"], "vm-1"), (world.memory["b"], "a/vm-1")):
         after = memory.state(volume)
@@ -259,10 +259,10 @@ def test_what_a_restore_left_is_released_where_none_is_under_way() -> None:
     read_config = config.parse(CONFIG.format(targets='["b:store"]', rest=""))
     restores = Restores()
     with restores.under_way():
-        leftovers.release_restores(read_config, world, world.runner, restores)
+        leftovers.release_restores(read_config, world, world.runner.tasks, restores)
     tag = hold_tag("vms", "b", "store")
     assert both_holds(world) == [{tag, restore_tag("a"), restore_tag("c")}] * 2
-    leftovers.release_restores(read_config, world, world.runner, restores)
+    leftovers.release_restores(read_config, world, world.runner.tasks, restores)
     assert both_holds(world) == [{tag, restore_tag("c")}] * 2
 
 

@@ -124,9 +124,9 @@ def test_runs_keep_what_clones_began_as(monkeypatch: pytest.MonkeyPatch) -> None
         return tuple(replace(volume, origin=origins.get(volume.id.name)) for volume in listed())
 
     monkeypatch.setattr(memory, "volumes", with_clones)
-    tasks = {task.pair.source_volume.name: task for task in world.runner.tasks(world.job, "store:vm-1")}
+    tasks = {task.pair.source_volume.name: task for task in world.runner.tasks.of(world.job, "store:vm-1")}
     assert (tasks["vm-1"].origin, set(tasks["vm-1"].origins)) == (None, {own}), "also where only that volume is run"
-    tasks = {task.pair.source_volume.name: task for task in world.runner.tasks(world.job)}
+    tasks = {task.pair.source_volume.name: task for task in world.runner.tasks.of(world.job)}
     assert tasks["vm-2"].origin == VolumeId("store", "vm-1")
     assert tasks["vm-3"].origin is None, "not in the job: nobody waits for it"
     for number in range(3):

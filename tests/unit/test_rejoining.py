@@ -32,9 +32,11 @@ from replicator.model import (
 from replicator.planning import Intermediates, SendPolicy
 from replicator.rejoining import rejoin
 from replicator.replication import Options, Pair
-from replicator.runs import Runner, Survey, Task
+from replicator.runs import Runner
 from replicator.settings import Job
 from replicator.streams import Chunk, ChunkStream, NativeChunk, Stream
+from replicator.surveys import Survey
+from replicator.tasks import Task
 from replicator.tracker import ReplicaKey, Tracker
 from replicator.verification import Mismatch, Resync
 from tests.support.versions import LINEAGE, SOURCE, TAG, TARGET, snap, source_state, target_state

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from backends.memory import CAPABILITIES, MemoryBackend
-from replicator import config, tidying
+from replicator import config, pruning
 from replicator.cancellation import Cancellation
 from replicator.control import RunReport
 from replicator.endpoint import Endpoint, Head, SnapshotRequest, Taken
@@ -19,11 +19,11 @@ from replicator.errors import NoSpace, StorageUnavailable
 from replicator.local import LocalEndpoint
 from replicator.model import Capability, Lineage, Progress, Role, Version, VersionKind, VolumeId, snapshot_name
 from replicator.planning import SendPolicy
+from replicator.pruning import Tidying, source_request, target_request
 from replicator.replication import Limits
 from replicator.runs import Runner
 from replicator.settings import Job
 from replicator.settling import settled
-from replicator.tidying import Tidying
 from replicator.tracker import ReplicaKey, Tracker
 from scheduler.limits import Slots
 from tests.support.faults import Fault, FaultyEndpoint, Point
@@ -165,9 +165,9 @@ def test_the_lag_is_that_of_the_last_look() -> None:
     assert world.lag() == 300
     # Somebody writes, and the target cannot be reached: what was seen before stays true, and nothing newer is.
     world.memory["a"].write("vm-1", 0, b"!")
-    world.runner.survey(world.runner.tasks(world.job)[0])
+    world.runner.surveys.of(world.runner.tasks.of(world.job)[0])
     assert world.lag() == (world.now - looked).total_seconds()
-    world.runner.survey_all(world.runner.tasks(world.job))
+    world.runner.surveys.of_all(world.runner.tasks.of(world.job))
     assert world.lag() == (world.now - looked).total_seconds()
     assert world.lag("vm-2") == 0
 
@@ -217,17 +217,17 @@ def test_a_new_target_gets_what_there_is() -> None:
 
 def test_a_plan_tells_of_what_is_quiet() -> None:
     world = World()
-    tasks = world.runner.tasks(world.job)
-    assert {survey.quiet for survey in world.runner.survey_all(tasks).values()} == {False}
+    tasks = world.runner.tasks.of(world.job)
+    assert {survey.quiet for survey in world.runner.surveys.of_all(tasks).values()} == {False}
     world.run()
     world.memory["a"].write("vm-2", 0, b"!")
     for endpoint in world.endpoints.values():
         endpoint.calls.clear()
-    surveys = world.runner.survey_all(tasks)
+    surveys = world.runner.surveys.of_all(tasks)
     assert [surveys[task.key].quiet for task in tasks] == [True, False, True]
     assert {"state", "snapshot"}.isdisjoint(world.calls("a") | world.calls("b"))
     world.configure(rest='unchanged = "snapshot"')
-    surveys = world.runner.survey_all(world.runner.tasks(world.job))
+    surveys = world.runner.surveys.of_all(world.runner.tasks.of(world.job))
     assert {survey.quiet for survey in surveys.values()} == {False}
 
 
@@ -271,14 +271,14 @@ def test_when_volumes_that_stand_still_are_looked_at() -> None:
     tidy = Tidying(UTC, clock=lambda: now)
     world = World()
     place = ("a", VolumeId("store", "vm-1"))
-    (task, *_) = world.runner.tasks(world.job)
-    request = world.runner.target_prune_request(task, set(), dry_run=False)
+    (task, *_) = world.runner.tasks.of(world.job)
+    request = target_request(task, set())
     assert tidy.due({place: request}) == {place}
     assert tidy.due({place: request}) == frozenset()
-    now += tidying.INTERVAL
+    now += pruning.INTERVAL
     tidy.done(place, request)
     assert tidy.due({place: request}) == frozenset()
-    now += tidying.INTERVAL
+    now += pruning.INTERVAL
     assert tidy.due({place: request}) == {place}
     assert not tidy.has_work(request, None)
 
@@ -327,7 +327,7 @@ def test_all_storages_of_a_job_are_snapshotted_by_one_request() -> None:
             backend.create(name, b"1")
     volumes = [VolumeId(s, n) for s in ("second", "third", "absent") for n in "xy"] + [VolumeId("store", "vm-1")]
     primaries = set(volumes)
-    failed = world.runner.snapshot(world.job, volumes, Cancellation(), primaries)
+    failed = world.runner.snapshots.take(world.job, volumes, Cancellation(), primaries)
     assert requests == [("second:x", "second:y", "store:vm-1"), ("third:x",), ("third:y",)]
     assert sorted(map(str, failed)) == ["absent:x", "absent:y"]
 
@@ -374,8 +374,8 @@ def test_a_plan_has_the_size_of_a_whole_batch(monkeypatch: pytest.MonkeyPatch) -
         return 7
 
     monkeypatch.setattr(world.memory["a"], "estimate", estimate)
-    tasks = world.runner.tasks(world.job, "store:vm-1")
-    assert [survey.backlog for survey in world.runner.survey_all(tasks).values()] == [7]
+    tasks = world.runner.tasks.of(world.job, "store:vm-1")
+    assert [survey.backlog for survey in world.runner.surveys.of_all(tasks).values()] == [7]
     assert asked == [True]
 
 
@@ -463,8 +463,8 @@ def test_what_a_target_in_conflict_may_continue_from_is_not_pruned(by: str) -> N
         else:
             name = snapshot_name("vms", world.now)
             world.endpoints["a"].snapshot(SnapshotRequest((VolumeId("store", "vm-1"),), name))
-            tasks = world.runner.tasks(world.job, "store:vm-1")
+            tasks = world.runner.tasks.of(world.job, "store:vm-1")
             volume = VolumeId("store", "vm-1")
-            world.endpoints["a"].prune(world.runner.source_prune_request(world.job, volume, tasks, dry_run=False))
+            world.endpoints["a"].prune(source_request(world.job, volume, world.runner.surveys.protected(tasks)))
     assert world.snapshots("a")[:2] == [older, newest], "the last that both have, and the one that is held"
     assert len(world.snapshots("a")) == 4

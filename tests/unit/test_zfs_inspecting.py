@@ -46,9 +46,10 @@ from replicator.model import (
 )
 from replicator.planning import SendPolicy
 from replicator.replication import Options, Pair
-from replicator.runs import Runner, Task
+from replicator.runs import Runner
 from replicator.settings import Job
 from replicator.streams import BLOCK_SIZE, ChunkStream, NativeChunk, Stream
+from replicator.tasks import Task
 from replicator.tracker import ReplicaKey, Tracker
 from replicator.verification import Method, Mismatch, Verification
 from tests.support.zfs_records import RecordedRunner, failed, listing, row
