@@ -27,6 +27,8 @@ _LOOK_AGAIN_AT_END = 0.2
 """Seconds between two looks at whether a process has ended whose error output has not."""
 _READS = 16
 """Portions of words that are read at once, so that no talkative process keeps us from all else."""
+_GONE_DEADLINE = 60.0
+"""Seconds that a killed process may take to be gone: on a busy machine, zfs send and receive undo for a while."""
 _KILL_DEADLINE = 2.0
 """A process that waits for a suspended pool cannot be killed; it is left behind after so many seconds."""
 _ENVIRONMENT = {
@@ -69,6 +71,19 @@ class Process(Protocol):
 
     def check(self) -> None:
         """Asked while it is waited for. :raises StorageUnavailable: there is no point in that"""
+
+
+def end(process: Process) -> None:
+    """Kill a process and wait until it is gone: until then its datasets are busy. One that waits for a suspended pool
+    is left behind."""
+    process.kill()
+    process.close_pipe()
+    until = time.monotonic() + _GONE_DEADLINE
+    while process.finish(_LOOK_AGAIN) is None and time.monotonic() < until:
+        try:
+            process.check()
+        except StorageUnavailable:
+            return
 
 
 class Runner(Protocol):

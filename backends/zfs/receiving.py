@@ -12,6 +12,7 @@ import selectors
 import time
 from collections.abc import Iterable, Iterator
 
+from backends.zfs import commands
 from backends.zfs.commands import Finished, Process, Runner
 from backends.zfs.failures import Operation, failure
 from backends.zfs.sending import enlarge_pipe
@@ -97,9 +98,7 @@ def feed(
             if done.status != 0:
                 raise failure(done, operation)
     finally:
-        process.kill()
-        process.close_pipe()
-        process.finish(_LOOK_AGAIN)
+        commands.end(process)
 
 
 def _own_failure(done: Finished | None, operation: Operation) -> ReplicatorError | None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from backends.zfs import batches
+from backends.zfs import batches, commands
 from backends.zfs.commands import Process
 from backends.zfs.context import Context
 from backends.zfs.failures import Operation, failure
@@ -29,8 +29,6 @@ _GATHER = 0.2
 """Seconds for which a chunk that is not full waits for more: crumbs cost more than they are worth."""
 _END_DEADLINE = 30.0
 """Seconds between the end of the output and the end of the process."""
-_KILLED_DEADLINE = 2.0
-"""Seconds that a killed process has to be gone."""
 _LOOK_AGAIN = 0.5
 """Seconds between two looks at whether the work was cancelled."""
 _PIPE_SIZE = 1 << 20
@@ -232,9 +230,7 @@ class _Sender:
 
     def close(self) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.close_pipe()
-            self._process.finish(_KILLED_DEADLINE)
+            commands.end(self._process)
 
 
 def _resumed(

@@ -1,21 +1,33 @@
-"""Replicator on several guests: one cluster, a daemon on each, ZFS storages; driven by its command line."""
+"""Replicator on several guests: one cluster, a daemon on each, ZFS storages.
+
+The daemons are asked from this host, through their sockets, as the command line asks them: to start Python and import
+that command line takes an emulated machine ten seconds and more.
+"""
 
 from __future__ import annotations
 
-import json
+import itertools
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
+from replicator.cancellation import Cancellation
+from replicator.client import DaemonClient, Timeouts
+from replicator.control import RunReport
+from replicator.errors import ReplicatorError
 from tests.lab import deploy
 from tests.lab.guests import Background, CommandFailed, Done, LabError, Node
 
 CONFIG = "/etc/replicator/replicator.toml"
 LOG = "/root/replicator.log"
+SOCKET = "/var/lib/replicator/replicator.sock"
 PORT = 8571
 LOOK_AGAIN = 1.5
 """Seconds: each look is eight processes in the guest."""
+ANSWER_SECONDS = 30
+SILENCE_SECONDS = 60
 START_SECONDS = 120
 """Until a daemon answers: Python starts slowly under emulation."""
 
@@ -40,13 +52,21 @@ class Member:
         """A command of the program."""
         return self.node.run("replicator", *arguments, timeout=timeout, check=check)
 
-    def json(self, *arguments: str, timeout: float = 600) -> Any:
-        """What a command says with ``--json``, whatever its exit status."""
-        done = self.cli(*arguments, "--json", timeout=timeout, check=False)
-        try:
-            return json.loads(done.out)
-        except ValueError:
-            raise LabError(f"{self.name}: replicator {' '.join(arguments)} gave no JSON", done.out + done.err) from None
+    def client(self) -> DaemonClient:
+        """Its daemon, to be asked from here; close it. Lasts until the guest crashes."""
+        folder = self.node.lab.folder / self.name
+        path = next(path for n in itertools.count() if not (path := folder / f"daemon-{n}").exists())
+        self.node.forward(path, SOCKET)
+        return DaemonClient(path, timeouts=Timeouts(connect=ANSWER_SECONDS, silence=SILENCE_SECONDS))
+
+    def sync(self, job: str) -> tuple[RunReport, ...]:
+        """Run a job and wait for it. :raises ReplicatorError: it could not be run"""
+        with self.client() as client:
+            return client.sync(job, None, None, lambda _: None, Cancellation())
+
+    def begin(self, job: str) -> Run:
+        """Let a job run."""
+        return Run(self, job)
 
     def configure(self, others: list[Member]) -> None:
         """Write its configuration."""
@@ -62,7 +82,13 @@ class Member:
     def start(self) -> None:
         """Start the daemon and wait until it answers."""
         self.daemon = self.node.start("replicator", "serve", log=LOG)
-        until(lambda: self.cli("status", check=False).status in (0, 3), START_SECONDS, self.said)
+        until(self._answers, START_SECONDS, self.said)
+
+    def _answers(self) -> bool:
+        with suppress(ReplicatorError), self.client() as client:
+            client.status()
+            return True
+        return False
 
     def stop(self, signal_name: str = "TERM") -> None:
         """End the daemon."""
@@ -77,6 +103,36 @@ class Member:
     def zfs(self, *arguments: str, timeout: float = 120) -> str:
         """What a zfs command prints."""
         return self.node.run("zfs", *arguments, timeout=timeout).out
+
+
+class Run:
+    """A job that was asked for, running."""
+
+    def __init__(self, member: Member, job: str) -> None:
+        self._member = member
+        self._job = job
+        self._told = "it has not ended"
+        self._thread = threading.Thread(target=self._run, name=f"run-{member.name}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._told = described(self._member.sync(self._job))
+        except (ReplicatorError, LabError) as error:
+            self._told = str(error)
+
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._thread.is_alive()
+
+    def said(self) -> str:
+        """How it ended."""
+        return self._told
+
+
+def described(reports: Sequence[RunReport]) -> str:
+    """What came of a run, a line for each replica."""
+    return "\n".join(f"{r.volume} -> {r.target}: {r.outcome} {r.message} {r.hint}" for r in reports)
 
 
 def until(holds: Callable[[], bool], seconds: float, told: Callable[[], str]) -> None:

@@ -210,6 +210,10 @@ class Node:
         """rsync; ``node:`` is the guest in the arguments."""
         self._must("sync", *argv, timeout=COPY_SECONDS)
 
+    def forward(self, local: Path, remote: str) -> None:
+        """Let connections to a Unix socket of this host (a new path) arrive at one of the guest, until it crashes."""
+        self._must("forward", str(local), remote, timeout=COMMAND_SECONDS)
+
     def cut(self, net: str = CLUSTER) -> None:
         """Unplug the cable of a network."""
         self._must("cut", net, timeout=COMMAND_SECONDS)

@@ -9,11 +9,10 @@ import pytest
 
 from tests.lab import deploy
 from tests.lab.contents import Contents
-from tests.lab.fleet import Member, make_cluster
+from tests.lab.fleet import Member, described, make_cluster
 from tests.lab.guests import Lab, Node
 
 NODES = 3
-RUN_SECONDS = 900
 JOB = "tree"
 KEPT = 3
 
@@ -113,15 +112,17 @@ def test_three_nodes_hold_the_same_tree(lab: Lab, count: Callable[[int, int], in
         target.node.run("zpool", "create", "-O", "mountpoint=none", "tank", "/dev/vdb")
         target.node.run("zfs", "create", "tank/copies")
     make_cluster([one, two, three])
-    one.cli("sync", JOB, timeout=RUN_SECONDS)
+    reports = one.sync(JOB)
+    assert {report.outcome for report in reports} == {"ok"}, described(reports)
     for step in range(count(2, 10)):
         writing = one.node.start(deploy.PYTHON, "-c", WRITE, str(step + 1), "3600", log="/root/writing.log")
         try:
-            one.cli("sync", JOB, timeout=RUN_SECONDS)
+            reports = one.sync(JOB)
         finally:
             writing.stop("KILL")
-    done = one.cli("sync", JOB, timeout=RUN_SECONDS)
-    assert done.status == 0, done.out + done.err
+        assert {report.outcome for report in reports} == {"ok"}, described(reports)
+    reports = one.sync(JOB)
+    assert {report.outcome for report in reports} == {"ok"}, described(reports)
 
     for target in (two, three):  # the copy of an encrypted dataset is not readable without its key
         target.node.run("sh", "-c", "base64 -d > /root/key", data=one.node.run("base64", "/root/key").out)
@@ -140,5 +141,6 @@ def test_three_nodes_hold_the_same_tree(lab: Lab, count: Callable[[int, int], in
             assert len(kept) == KEPT, f"{target.name}: {dataset} has {kept} in common"
         origin = target.zfs("get", "-Hpo", "value", "origin", f"tank/copies/node1/{CLONE}").strip()
         assert origin == "tank/copies/node1/home@before the fork"
-    rows = one.json("status")["replicas"]
-    assert {row["state"] for row in rows} == {"ok"}, rows
+    with one.client() as client:
+        rows = client.status().replicas
+    assert {row.state for row in rows} == {"ok"}, rows

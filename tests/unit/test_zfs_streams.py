@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from backends.zfs import commands
-from backends.zfs.commands import Process, SystemProcess, SystemRunner
+from backends.zfs.commands import Finished, Process, SystemProcess, SystemRunner
 from backends.zfs.failures import Operation
 from backends.zfs.receiving import IncomingStream, feed
 from backends.zfs.sending import read_chunks
@@ -85,6 +85,48 @@ def test_what_a_talkative_process_says_at_its_end_counts() -> None:
     done = process.finish(30)
     assert done is not None
     assert (len(done.errors) <= commands.MAX_ERRORS, done.errors[-6:]) == (True, "w\nlast")
+
+
+class Reluctant:
+    """A killed process that takes its time to be gone.
+
+    :param looks: how many of them find it there still
+    :param suspended: its pool is
+    """
+
+    pipe = -1
+
+    def __init__(self, looks: int, *, suspended: bool = False) -> None:
+        self.calls: list[str] = []
+        self._looks = looks
+        self._suspended = suspended
+
+    def close_pipe(self) -> None:
+        self.calls.append("close")
+
+    def kill(self) -> None:
+        self.calls.append("kill")
+
+    def finish(self, deadline: float) -> Finished | None:  # noqa: ARG002
+        self.calls.append("finish")
+        self._looks -= 1
+        return None if self._looks >= 0 else Finished(("zfs",), -9, "", "")
+
+    def check(self) -> None:
+        if self._suspended:
+            raise StorageUnavailable("pool tank is suspended", hint="")
+
+
+def test_a_killed_process_is_waited_for_until_it_is_gone() -> None:
+    process = Reluctant(5)
+    commands.end(process)
+    assert process.calls == ["kill", "close", *["finish"] * 6]
+
+
+def test_a_killed_process_of_a_suspended_pool_is_left_behind() -> None:
+    process = Reluctant(5, suspended=True)
+    commands.end(process)
+    assert process.calls == ["kill", "close", "finish"]
 
 
 # -- sending
