@@ -352,7 +352,10 @@ class LocalEndpoint:
         backend = self._of(request.volume)
         with self._locks.writing(request.volume, f"receiving {request.to.name}"):
             if request.lineage is not None and request.mode is not ReceiveMode.RESTORE:
-                check_may_receive(request.volume, backend.brief(request.volume.name), request.lineage)
+                there: VolumeInfo | VolumeState | None = backend.brief(request.volume.name)
+                if there is not None and there.lineage is None:
+                    there = backend.state(request.volume.name)
+                check_may_receive(request.volume, there, request.lineage, request.to.guid)
             return backend.receive(request, stream, cancel)
 
     def _check_protectable(self, volume: VolumeId) -> None:

@@ -43,6 +43,7 @@ from replicator.model import (
     verify_tag,
 )
 from replicator.names import MAX_SNAPSHOT_BYTES
+from replicator.roles import is_beginning_of
 from replicator.selection import SnapshotPatterns
 
 
@@ -391,6 +392,8 @@ def _lineage_conflict(source: VolumeState, target: VolumeState | None, route: Ro
         return None
     theirs = target.lineage
     if theirs is None:
+        if is_beginning_of(target, {version.guid for version in source.snapshots}):
+            return None
         return NotAReplica(route, target.id, "it is a volume of its own, never made by replication")
     if ours is None or theirs.uuid != ours.uuid:
         if theirs.role is Role.PRIMARY:

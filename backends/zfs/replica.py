@@ -84,7 +84,8 @@ class _Receive:
     def run(self, stream: Stream, cancel: Cancellation) -> Version:
         there = aside.look(self._context, self._volume)
         if there is not None and not there.is_placeholder:
-            check_may_receive(self._request.volume, self._state(there), self._request.lineage or self._lineage)
+            lineage = self._request.lineage or self._lineage
+            check_may_receive(self._request.volume, self._state(there), lineage, self._request.to.guid)
             done = self._there_already(there)
             if done is not None:
                 return done
@@ -169,7 +170,8 @@ class _Receive:
         return () if there is None else taking_over.apply(self._context, there, self._request.properties, self._terms)
 
     def _state(self, there: Dataset) -> VolumeState:
-        return VolumeState(self._request.volume, there.volsize, there.versions, there.lineage)
+        resume = there.token.resume if there.token is not None else None
+        return VolumeState(self._request.volume, there.volsize, there.versions, there.lineage, resume)
 
     # -- may it, and onto what
 

@@ -312,6 +312,33 @@ def test_an_interrupted_receive_is_continued(case: ZfsCase, full: bool) -> None:
     assert made.holds == (TAG,)
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_first_copy_that_was_not_marked_as_a_replica_yet(case: ZfsCase, resumed: bool) -> None:
+    """zfs receive makes the dataset in one transaction and marks it in a later one; the power may fail in between."""
+    one, two = make(case, "one", "two")
+    resume = interrupted(case, None, one)
+    dataset = case.dataset(REPLICA.name)
+    marks = zfs("get", "-H", "-o", "property", "-s", "local", "all", dataset).split()
+    assert any(mark.startswith("replicator:") for mark in marks)
+    for mark in marks:
+        zfs("inherit", mark, dataset)
+    case.reopen()
+    found = state(case)
+    assert (found.lineage, found.versions, found.resume) == (None, (), resume)
+    with pytest.raises(NotAReplica):
+        replicate(case, None, two)
+    assert state(case) == found
+    if resumed:
+        made = receive(case, asked(None, one, resume=resume), opened(case, None, one, resume=resume))
+    else:
+        made = replicate(case, None, one)
+    found = state(case)
+    assert (found.versions, found.resume) == ((made,), None)
+    assert found.lineage == Lineage(PRIMARY.uuid, Role.REPLICA, 3)
+    assert zfs("get", "-H", "-o", "value", "readonly", dataset).strip() == "on"
+    assert case.read_snapshot(REPLICA.name, made) == case.read_snapshot("vm", one)
+
+
 def test_a_receive_that_is_interrupted_again_and_again(case: ZfsCase) -> None:
     (one,) = make(case, "one")
     resume = interrupted(case, None, one, 1 << 20)

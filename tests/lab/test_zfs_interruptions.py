@@ -37,8 +37,8 @@ SOURCE = f"""
 kind = "zfs"
 root = "tank/src"
 [limits]
-connect_timeout = "10s"
-stall_timeout = "20s"
+connect_timeout = "5s"
+stall_timeout = "10s"
 [job.{JOB}]
 source = "src:*"
 targets = ["node2:copies"]
@@ -52,8 +52,8 @@ TARGET = """
 kind = "zfs"
 root = "tank/copies"
 [limits]
-connect_timeout = "10s"
-stall_timeout = "20s"
+connect_timeout = "5s"
+stall_timeout = "10s"
 """
 
 

@@ -315,6 +315,22 @@ def test_a_partial_state_is_continued_from_a_bookmark() -> None:
     assert found.steps[0].resume == state
 
 
+def test_a_first_copy_that_was_not_marked_as_a_replica_yet_is_continued() -> None:
+    """The power failed just when its dataset had been made."""
+    state = partial(snap(1), None)
+    begun = replace(target_state(resume=state), lineage=None)
+    (step,) = planned(source_state(snap(1)), begun).steps
+    assert step.resume == state
+    assert isinstance(plan(source_state(snap(2)), begun, ALL, ROUTE), NotAReplica)
+    for somebody_elses in (
+        replace(target_state(), lineage=None),
+        replace(begun, versions=(snap(7),)),
+        replace(begun, head_changed=True),
+        replace(begun, resume=partial(snap(1), snap(0))),
+    ):
+        assert isinstance(plan(source_state(snap(1)), somebody_elses, ALL, ROUTE), NotAReplica)
+
+
 def test_a_resumed_step_keeps_the_name_under_which_it_began() -> None:
     state = replace(partial(snap(2), snap(1)), to_name="begun-under-this-name")
     (step,) = planned(source_state(snap(1), snap(2)), target_state(snap(1), resume=state)).steps
