@@ -145,7 +145,10 @@ class PlannedReplica:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """What a run did for one volume and target. ``outcome``: ok, failed, conflict, cancelled, skipped."""
+    """What a run did for one volume and target.
+
+    ``outcome``: ok, failed, conflict, cancelled; skipped: another run or work on the same replica was under way.
+    """
 
     job: str
     volume: str

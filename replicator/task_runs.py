@@ -69,7 +69,7 @@ class TaskRuns:
     def failed(self, task: Task, error: ReplicatorError) -> Done:
         """Report a task that cannot begin, as its volume has no snapshot."""
         started = self._clock()
-        report = _failure(_begun(task), error)
+        report = _failure(_begun(task), error, outcome_of(error))
         self._finish(task, report, started, None)
         return Done(report)
 
@@ -86,16 +86,19 @@ class TaskRuns:
         )
         newest: Version | None = None
         protect: frozenset[str] = frozenset()
+        its_turn = False
         try:
             with self._turns.take(task, cancel):
-                began = time.monotonic()
+                its_turn, began = True, time.monotonic()
                 outcome = replication.run(listing.of(task.pair))
                 newest = outcome.newest
                 if newest is not None:
                     protect = outcome.origins | {newest.guid}
                     self._pruner.prune(task.pair.target, target_request(task, protect))
         except ReplicatorError as error:
-            report = _failure(report, error)
+            # Another run brings it over, and reports that. A storage that is busy otherwise is a failure like any.
+            skipped = isinstance(error, VolumeBusy) and not its_turn
+            report = _failure(report, error, "skipped" if skipped else outcome_of(error))
         except Exception as error:  # a defect in one task must not stop the others; it is logged in full
             LOG.exception("task failed unexpectedly")
             report = replace(report, outcome="failed", code="internal", message=f"internal error: {error!r}")
@@ -139,8 +142,7 @@ def _begun(task: Task) -> RunReport:
     return RunReport(task.job.name, task.key.volume, task.key.target, "ok", 0.0, 0, 0, 0)
 
 
-def _failure(report: RunReport, error: ReplicatorError) -> RunReport:
-    outcome = "skipped" if isinstance(error, VolumeBusy) else outcome_of(error)
+def _failure(report: RunReport, error: ReplicatorError, outcome: str) -> RunReport:
     return replace(report, outcome=outcome, message=str(error), hint=error.hint, code=error.code)
 
 
