@@ -11,9 +11,10 @@ others. Everything a run needs to know it reads from the storages. What happens 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime, tzinfo
 
 from replicator.cancellation import Cancellation
@@ -33,7 +34,8 @@ from replicator.tracker import ReplicaKey, Tracker
 from replicator.turns import Slots, Turns
 
 WORKERS = 16
-"""Threads of a run; how many transfers run at once is for the slots."""
+"""Threads of a run for each target; how many transfers run at once is for the slots. Those that wait for a slow target
+take none of another's."""
 
 
 def _utc_now() -> datetime:
@@ -128,11 +130,15 @@ class Runner:
                 return self._task_runs.failed(task, error)
             return self._task_runs.run(task, listing, listen, cancel)
 
-        with ThreadPoolExecutor(min(WORKERS, max(1, len(waiting))), thread_name_prefix=f"run-{job.name}") as pool:
+        with ExitStack() as stack:
+            pools = {
+                target: stack.enter_context(ThreadPoolExecutor(min(WORKERS, number), f"run-{job.name}"))
+                for target, number in Counter(task.key.target for task in waiting).items()
+            }
             running: dict[Future[Done], Task] = {}
             while waiting or running:
                 ready = ready_tasks(waiting, running.values())
-                running |= {pool.submit(run, task): task for task in waiting if task.key in ready}
+                running |= {pools[task.key.target].submit(run, task): task for task in waiting if task.key in ready}
                 waiting = [task for task in waiting if task.key not in ready]
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     task = running.pop(future)

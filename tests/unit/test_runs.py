@@ -1,16 +1,20 @@
-"""How a run goes on where a part of it does not: a busy volume."""
+"""How a run goes on where a part of it does not: a busy volume, a slow target."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
 from replicator import replication
 from replicator.cancellation import Cancellation
+from replicator.control import RunReport
 from replicator.errors import VolumeBusy
-from tests.unit.test_unchanged import World
+from replicator.model import Version
+from replicator.runs import WORKERS
+from tests.unit.test_unchanged import VOLUMES, World
 
 BUSY = VolumeBusy("dataset is busy", hint="find out what uses it")
 
@@ -49,3 +53,35 @@ def test_a_replica_that_another_run_works_on_is_skipped() -> None:
         assert run(world) == {"skipped"}
     assert world.tracker.get(task.key).failures == 0
     assert run(world) == {"ok"}
+
+
+# -- a slow target
+
+
+def test_a_slow_target_does_not_keep_volumes_from_another() -> None:
+    """However many volumes wait for it: here it takes nothing before the other target has everything."""
+    world = World(targets='["b:store", "c:store"]')
+    number = 2 * WORKERS
+    for index in range(number):
+        world.memory["a"].create(f"more-{index}", b"x")
+    arrived: list[str] = []
+    everything = threading.Event()
+    slow = world.endpoints["c"]
+    receive = slow.receive
+
+    def wait_and_receive(*args: Any) -> Version:
+        in_time = everything.wait(20)
+        everything.set()
+        assert in_time, f"{len(arrived)} volumes have arrived at the other target"
+        return receive(*args)
+
+    def listen(told: object) -> None:
+        if isinstance(told, RunReport) and told.target == "b:store":
+            arrived.append(told.volume)
+            if len(arrived) == number + len(VOLUMES):
+                everything.set()
+
+    slow.receive = wait_and_receive  # type: ignore[assignment, method-assign]
+    reports = world.runner.run(world.job, None, None, listen, Cancellation())
+    assert [report.message for report in reports if report.outcome != "ok"] == []
+    assert len(reports) == 2 * (number + len(VOLUMES))
