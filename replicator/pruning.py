@@ -74,7 +74,7 @@ class Pruner:
 
     def tidy(self, settled: Sequence[tuple[Task, Common]], cancel: Cancellation) -> None:
         """Prune volumes that do not change, now and then: what could not be destroyed when they last did, or what a
-        changed policy no longer keeps.
+        changed policy no longer keeps. Returns early where it is stopped, which undoes no run.
 
         :param settled: all tasks of these volumes, with what both sides have
         """
@@ -101,7 +101,8 @@ class Pruner:
                 protect = {*requests[place].protect, *origins}
                 requests[place] = replace(requests[place], protect=tuple(sorted(protect)))
         for place in sorted(due):
-            cancel.check()
+            if cancel.cancelled:
+                return
             listing = states.get(place)
             if listing is not None and self._tidying.has_work(requests[place], listing.state):
                 self.prune(endpoints[place[0]], requests[place])

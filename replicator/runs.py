@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime, tzinfo
@@ -21,6 +21,7 @@ from replicator.cancellation import Cancellation
 from replicator.control import Listener, Note, RunReport
 from replicator.errors import ReplicatorError
 from replicator.model import VolumeId
+from replicator.planning import Common
 from replicator.pruning import Pruner, source_request
 from replicator.replication import Limits, Options, Pacer
 from replicator.reporting import Recorder, Reporter
@@ -111,9 +112,7 @@ class Runner:
                 done[task.key] = self._task_runs.settled(task, common, as_of, time.monotonic() - began)
                 listen(done[task.key].report)
         done |= self._run_others(job, tasks, taken, listen, cancel)
-        still = self._prune_sources(job, tasks, taken, done)
-        settled = [(task, taken.settled[task.key]) for task in tasks if task.pair.source_volume in still]
-        self._pruner.tidy(settled, cancel)
+        self._prune(job, tasks, taken, done, cancel)
         return tuple(each.report for each in done.values())
 
     def _run_others(
@@ -146,21 +145,29 @@ class Runner:
                     listen(done[task.key].report)
         return done
 
-    def _prune_sources(
-        self, job: Job, tasks: Sequence[Task], taken: Snapshotted, done: Mapping[ReplicaKey, Done]
-    ) -> Set[VolumeId]:
-        """Prune the volumes of which something was to be brought over; the others stand still, and are returned.
+    def _prune(
+        self,
+        job: Job,
+        tasks: Sequence[Task],
+        taken: Snapshotted,
+        done: Mapping[ReplicaKey, Done],
+        cancel: Cancellation,
+    ) -> None:
+        """Prune the volumes of which something was to be brought over, and tidy up those that stand still.
 
-        Only what is common with a target that was reached now is known; for the others, their holds protect it.
+        Only what is common with a target that was reached now is known; for the others, their holds protect it. Where
+        the run was stopped, not even that was asked for, and the next run prunes.
         """
-        still: set[VolumeId] = set()
+        settled: list[tuple[Task, Common]] = []
         for volume, of_it in _by_volume(tasks).items():
+            if cancel.cancelled:
+                return
             if all(task.key in taken.settled for task in of_it):
-                still.add(volume)
+                settled += [(task, taken.settled[task.key]) for task in of_it]
             elif volume not in taken.failed:
                 protect = frozenset[str]().union(*(done[task.key].protect for task in of_it))
                 self._pruner.prune(self._network.endpoint(job.source.node), source_request(job, volume, protect))
-        return still
+        self._pruner.tidy(settled, cancel)
 
     def healed(self, task: Task, *, made_equal: bool) -> None:
         """A resync brought the replica into order: what stopped its runs no longer does.

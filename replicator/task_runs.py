@@ -28,7 +28,8 @@ LOG = logging.getLogger(__name__)
 class Done:
     """What came of a task.
 
-    :ivar protect: guids that the target needs of the source, as far as that is known now: for pruning the source
+    :ivar protect: guids that the target needs of the source, as far as that is known now: for pruning the source, which
+        a run that was stopped does not
     """
 
     report: RunReport
@@ -104,7 +105,7 @@ class TaskRuns:
             report = replace(report, outcome="failed", code="internal", message=f"internal error: {error!r}")
         finally:
             self._reporter.ended(task.key)
-        if newest is None and report.code != "peer_unreachable":
+        if newest is None and report.code != "peer_unreachable" and not cancel.cancelled:
             protect = _needed(replication, task)
         outcome = replication.outcome
         report = replace(

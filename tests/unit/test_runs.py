@@ -1,9 +1,10 @@
-"""How a run goes on where a part of it does not: a busy volume, a slow target."""
+"""How a run goes on where a part of it does not: a busy volume, a slow target, a request to stop."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import pytest
@@ -85,3 +86,33 @@ def test_a_slow_target_does_not_keep_volumes_from_another() -> None:
     reports = world.runner.run(world.job, None, None, listen, Cancellation())
     assert [report.message for report in reports if report.outcome != "ok"] == []
     assert len(reports) == 2 * (number + len(VOLUMES))
+
+
+# -- a request to stop
+
+
+def test_a_run_that_is_stopped_neither_asks_nor_prunes_any_more() -> None:
+    world = World(rest='keep = {source = "last=1", target = "last=1"}')
+    run(world)
+    world.memory["a"].write("vm-1", 0, b"!")
+    cancel = Cancellation()
+    world.endpoints["a"].before["snapshot"] = cancel.cancel
+    assert run(world, cancel=cancel) == {"cancelled"}
+    asked = world.calls("a") | world.calls("b")
+    assert {"prune", "state", "send"}.isdisjoint(asked), asked
+
+
+def test_a_run_that_is_stopped_reports_what_lacks_nothing() -> None:
+    world = World(rest='keep = {source = "last=5", target = "last=5"}')
+    for number in range(3):
+        world.memory["a"].write("vm-1", 0, bytes([number]))
+        world.now += timedelta(minutes=1)
+        run(world)
+    world.configure(rest='keep = {source = "last=2", target = "last=2"}')
+    cancel = Cancellation()
+    world.endpoints["b"].before["heads"] = cancel.cancel
+    assert run(world, cancel=cancel) == {"ok"}
+    assert "prune" not in world.calls("a") | world.calls("b")
+    assert len(world.snapshots("a")) == 3
+    assert run(world) == {"ok"}
+    assert (len(world.snapshots("a")), len(world.snapshots("b"))) == (2, 2), "what was left is done by the next"
