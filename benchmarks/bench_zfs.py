@@ -26,7 +26,7 @@ from benchmarks.report import Result, compare
 from benchmarks.zfs_nodes import PEER, SOURCE, TARGET, Cost, Nodes
 from tests.lab.guests import SUITES, Lab
 
-DATASETS, SNAPSHOTS, ROUNDS = 50, 50, 5
+DATASETS, SNAPSHOTS, ROUNDS = 50, 50, 3
 SEND_MIB, SEND_ROUNDS = 256, 3
 SYNCOID_TARGET = 5.0
 BZFS_TARGETS = {"2.1": 1 / 0.6, "2.3": 1 / 0.5}
@@ -49,7 +49,7 @@ def _median(costs: Sequence[Cost]) -> Cost:
 def _no_change(nodes: Nodes, version: str, quick: bool) -> list[Result]:
     datasets, snapshots = (10, 10) if quick else (DATASETS, SNAPSHOTS)
     nodes.fill(datasets, snapshots)
-    nodes.copy_for_peers(snapshots)
+    nodes.copy_for_peers(datasets, snapshots)
     nodes.run_job()
     nodes.run_job()
     bzfs = ("bzfs", SOURCE, f"root@node2:{PEER}", "--recursive", "--skip-parent", "--quiet")
