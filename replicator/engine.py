@@ -14,7 +14,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Protocol
 
-from replicator import leftovers
+from replicator import leftovers, mismatches
 from replicator.cancellation import Cancellation
 from replicator.config import Config
 from replicator.control import (
@@ -50,7 +50,7 @@ from replicator.settings import Job
 from replicator.surveys import Survey
 from replicator.tasks import Network, Task
 from replicator.tracker import Replica, ReplicaKey
-from replicator.verification import Resync, Verification, ways_out
+from replicator.verification import Resync, Verification
 from replicator.version import version
 
 LOG = logging.getLogger(__name__)
@@ -163,9 +163,17 @@ class Engine:
             self._runner.surveys.of_all(tasks)
 
     def _remember(self, task: Task) -> None:
-        """Fill in what the history knows of a replica that this process has not seen a run of."""
-        if not self._tracker.get(task.key).last_run:
-            self._tracker.recall(task.key, **self._memory.recall(task.key))
+        """Fill in what the history knows of a replica that this process has not seen a run of; and in any case what
+        was found to differ in it."""
+        replica = self._tracker.get(task.key)
+        if replica.last_run and replica.mismatches is not None:
+            return
+        facts = self._memory.recall(task.key)
+        if replica.mismatches is not None:  # what this process found since, even where it could not be written
+            facts.pop("mismatches", None)
+        if replica.last_run:
+            facts = {name: fact for name, fact in facts.items() if name == "mismatches"}
+        self._tracker.recall(task.key, **facts)
 
     def _look_for_orphans(self, job: Job, tasks: Sequence[Task]) -> None:
         """Replicas whose sources are gone. Of a target that does not answer, what was known stays."""
@@ -217,10 +225,10 @@ class Engine:
             replica.failures,
             paused=paused,
             snapshot=newest.name if newest else "",
-            message=replica.message or str(replica.mismatch or ""),
+            message=replica.message or mismatches.told(replica.mismatches or ()),
             hint=replica.hint
-            if replica.message or not replica.mismatch
-            else ways_out(replica.key.volume, replica.key.target),
+            if replica.message or not replica.mismatches
+            else mismatches.ways_out(replica.key.volume, replica.key.target, replica.mismatches),
             progress=replica.progress,
         )
 
@@ -343,6 +351,7 @@ class Engine:
         """See Control."""
         results = []
         for task in self._tasks_of(volume, target):
+            self._remember(task)
             results.append(self._mender.verify(task, snapshot, repair, listen, cancel, scrub=scrub))
         return tuple(results)
 
@@ -350,6 +359,7 @@ class Engine:
         """Verify all replicas of a job, as its ``verify`` schedule wants; a failure of one does not stop the others."""
         results = []
         for task in self._runner.tasks.of(self._job(job)):
+            self._remember(task)
             try:
                 results.append(self._mender.verify(task, None, False, lambda _: None, cancel))
             except ReplicatorError as error:
@@ -472,7 +482,7 @@ def _state(replica: Replica, lag: float | None, objective: float | None, paused:
         return State.RUNNING
     if replica.outcome == "conflict":
         return State.CONFLICT
-    if replica.outcome == "failed" or replica.mismatch:
+    if replica.outcome == "failed" or replica.mismatches:
         return State.FAILED
     if paused:
         return State.PAUSED

@@ -1,9 +1,10 @@
 """What happened: runs, verifications, events. Never what is true now, which only the storages know.
 
 The database is SQLite in the state directory. It may be deleted or damaged at any time, also while the daemon runs:
-nothing but history is lost. A damaged one is moved aside (``history.sqlite.damaged-<time>``) and a new one begun. No
-method raises because of the database; what could not be written or read is logged. Rows older than ``keep`` go, and
-beyond ``MAX_ROWS`` a table the oldest. Thread-safe; the command line may read while the daemon writes.
+nothing but history is lost (and, with the next restart, what verifications found to differ: they find it again). A
+damaged one is moved aside (``history.sqlite.damaged-<time>``) and a new one begun. No method raises because of the
+database; what could not be written or read is logged. Rows older than ``keep`` go, and beyond ``MAX_ROWS`` a table the
+oldest; not what is known to differ. Thread-safe; the command line may read while the daemon writes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -24,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from replicator import logs
-from replicator.history_schema import EVENTS, MIGRATIONS, RUNS, VERIFICATIONS
+from replicator.history_schema import DIFFERENCES, EVENTS, MIGRATIONS, RUNS, VERIFICATIONS
 from replicator.model import format_time
 
 LOG = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ PRUNE_EVERY = 1000
 """Rows written between two prunings."""
 
 _Q = TypeVar("_Q")
-_R = TypeVar("_R", "Run", "Check", "Event")
+_R = TypeVar("_R", "Run", "Check", "Event", "Difference")
 # What sqlite3 says of a file that is no (whole) database; of a full disk or a busy file it says other things.
 _DAMAGED = (
     "malformed",
@@ -115,6 +116,22 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class Difference:
+    """What a verification found to differ, until something ended it: see :class:`~replicator.verification.Mismatch`."""
+
+    job: str
+    volume: str
+    target: str
+    found: datetime
+    snapshot_name: str
+    snapshot_guid: str
+    differing_bytes: int
+    read: bool
+    mended: bool
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """Anything else worth remembering: daemon started, peer refused, job paused, database damaged.
 
@@ -177,6 +194,21 @@ class History:
         """Remember a verification, a repair or a resync."""
         self._add(VERIFICATIONS, check)
 
+    def set_differences(self, job: str, volume: str, target: str, rows: Sequence[Difference]) -> None:
+        """From now on this is all that is known to differ in a replica. It is not removed for its age, which would end
+        an alarm."""
+        table = DIFFERENCES
+        values = [_values(row) for row in rows]
+
+        def write(connection: Connection) -> None:
+            connection.execute(
+                delete(table).where(table.c.job == job, table.c.volume == volume, table.c.target == target)
+            )
+            if values:
+                connection.execute(insert(table), values)
+
+        self._attempt(write, None)
+
     def add_event(self, kind: str, subject: str, message: str = "") -> None:
         """Remember an event, now."""
         self._add(EVENTS, Event(self._clock(), kind, subject, message))
@@ -221,6 +253,10 @@ class History:
     ) -> list[Check]:
         """Newest first, narrowed by what is given."""
         return self._rows(Check, _narrowed(VERIFICATIONS, job, volume, target), limit)
+
+    def differences(self, job: str, volume: str, target: str) -> list[Difference]:
+        """What is known to differ in a replica, in the order in which it was found."""
+        return self._rows(Difference, _narrowed(DIFFERENCES, job, volume, target), MAX_ROWS)[::-1]
 
     def events(self, *, kind: str | None = None, limit: int = 100) -> list[Event]:
         """Newest first."""
@@ -376,7 +412,7 @@ def _narrowed(table: Table, job: str | None, volume: str | None, target: str | N
     return select(table).where(*(table.c[name] == value for name, value in given.items() if value is not None))
 
 
-def _values(row: Run | Check | Event) -> dict[str, object]:
+def _values(row: Run | Check | Event | Difference) -> dict[str, object]:
     values = {field.name: getattr(row, field.name) for field in fields(row)}
     return {name: _cut(value) if isinstance(value, str) else value for name, value in values.items()}
 
@@ -389,4 +425,8 @@ def _cut(text: str) -> str:
 
 def _restored(kind: type[_R], values: Mapping[str, Any]) -> _R:
     row = kind(**values)
-    return replace(row, repaired=bool(row.repaired)) if isinstance(row, Check) else row
+    if isinstance(row, Check):
+        return replace(row, repaired=bool(row.repaired))
+    if isinstance(row, Difference):
+        return replace(row, read=bool(row.read), mended=bool(row.mended), passed=bool(row.passed))
+    return row

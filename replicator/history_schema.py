@@ -34,6 +34,23 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             message TEXT NOT NULL)""",
         "CREATE INDEX events_by_time ON events (time)",
     ),
+    (
+        """CREATE TABLE differences (
+            id INTEGER PRIMARY KEY, job TEXT NOT NULL, volume TEXT NOT NULL, target TEXT NOT NULL,
+            found INTEGER NOT NULL, snapshot_name TEXT NOT NULL, snapshot_guid TEXT NOT NULL,
+            differing_bytes INTEGER NOT NULL, read INTEGER NOT NULL, mended INTEGER NOT NULL,
+            passed INTEGER NOT NULL)""",
+        "CREATE INDEX differences_of_replica ON differences (job, volume, target, id)",
+        # until here, what stood was the last verification that differed, without anything but a resync that only
+        # continued after it
+        """INSERT INTO differences
+            (job, volume, target, found, snapshot_name, snapshot_guid, differing_bytes, read, mended, passed)
+            SELECT job, volume, target, finished, snapshot_name, '', mismatched_bytes, 1, 0, 0
+            FROM verifications AS last WHERE kind = 'verify' AND mismatched_bytes > 0 AND NOT EXISTS (
+                SELECT 1 FROM verifications AS later
+                WHERE later.job = last.job AND later.volume = last.volume AND later.target = last.target
+                AND later.id > last.id AND (later.kind != 'resync' OR later.repaired))""",
+    ),
 )
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -104,5 +121,20 @@ VERIFICATIONS = Table(
     _number("repaired"),
     _number("bytes_sent"),
     _text("message"),
+)
+DIFFERENCES = Table(
+    "differences",
+    METADATA,
+    _id(),
+    _text("job"),
+    _text("volume"),
+    _text("target"),
+    _time("found"),
+    _text("snapshot_name"),
+    _text("snapshot_guid"),
+    _number("differing_bytes"),
+    _number("read"),
+    _number("mended"),
+    _number("passed"),
 )
 EVENTS = Table("events", METADATA, _id(), _time("time"), _text("kind"), _text("subject"), _text("message"))

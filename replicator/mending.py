@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Protocol, TypeGuard
 
-from replicator import native_verification, verification
+from replicator import mismatches, native_verification, verification
 from replicator.cancellation import Cancellation
 from replicator.control import Listener, Note
 from replicator.errors import NoSuchSnapshot, ReplicatorError, Unsupported
@@ -16,6 +16,7 @@ from replicator.rejoining import Manner, manner, rejoin, sent_whole
 from replicator.replication import Observer, Pair, Replication, find_replica
 from replicator.runs import Runner
 from replicator.tasks import Task
+from replicator.tracker import ReplicaKey
 from replicator.units import format_size
 from replicator.verification import Mismatch, Resync, Verification
 
@@ -28,6 +29,9 @@ class Results(Protocol):
 
     def resynced(self, result: Resync, job: str) -> None:
         """A resync ended."""
+
+    def known(self, key: ReplicaKey, differing: tuple[Mismatch, ...]) -> None:
+        """From now on this is all that is known to differ in a replica."""
 
 
 class Mender:
@@ -51,10 +55,11 @@ class Mender:
             yield f"{where} has nothing yet: everything is sent{_cost(task)}"
             return
         if pair.target.storage(pair.target_volume.storage).stream is StreamKind.NATIVE:
-            how = manner(pair, source, state, full=full, mismatch=self._mismatch(task))
+            how = manner(pair, source, state, full=full, known=self._known(task))
             yield from _native_effects(where, source, state, how, _cost(task))
         else:
             yield f"only blocks that differ from what is in {where} are sent"
+            yield from self._left_as_it_is(task, source, state)
         lineage = source.lineage if source is not None else None
         if state.head_changed and pair.target.storage(pair.target_volume.storage).stream is StreamKind.BLOCKS:
             yield f"live data of {where} is moved into a snapshot diverged-<time> there; it stops being writable"
@@ -66,9 +71,24 @@ class Mender:
             yield f"the half-received {state.resume.to_name} is discarded"
         yield "no snapshot of the target is destroyed"
 
-    def _mismatch(self, task: Task) -> Mismatch | None:
+    def _known(self, task: Task) -> tuple[Mismatch, ...]:
         """What the replica is known to differ in."""
-        return self._runner.tracker.get(task.key).mismatch
+        return self._runner.tracker.get(task.key).mismatches or ()
+
+    def _left_as_it_is(self, task: Task, source: VolumeState | None, target: VolumeState) -> Iterator[str]:
+        """What differs in older snapshots, which a comparison with a new one does not mend, and no alarm tells of
+        afterwards."""
+        for known in self._known(task):
+            there = next((v for v in target.snapshots if known.is_of(v.name, v.guid)), None)
+            if there is None or known.mended:
+                continue
+            way = f"restore nothing from it: {task.key.volume} has it no more, so nothing can mend it"
+            if source is not None and source.by_guid(there.guid) in source.snapshots:
+                way = (
+                    f"`replicator verify {task.key.volume} --target {task.key.target} --snapshot {known.snapshot} "
+                    "--repair` mends it"
+                )
+            yield f"the older snapshot {there.name} stays as it is, and differs; {way}"
 
     def resync(self, task: Task, full: bool, listen: Listener, cancel: Cancellation) -> Resync:
         """Bring the replica to a new snapshot of its source, keeping what only it has.
@@ -91,7 +111,7 @@ class Mender:
             else:
                 to = self._newest(task)
                 if pair.target.storage(pair.target_volume.storage).stream is StreamKind.NATIVE:
-                    how = manner(pair, source, state, full=full, mismatch=self._mismatch(task))
+                    how = manner(pair, source, state, full=full, known=self._known(task))
                     result = rejoin(pair, to, options, observer=observer, cancel=cancel, anew=bool(how.why_all))
                     result = replace(result, made_equal=result.made_equal or how.made_anew)
                 else:
@@ -99,6 +119,8 @@ class Mender:
         survey = self._runner.survey(task)
         if survey.error is None:
             self._runner.healed(task, made_equal=result.made_equal)
+        if result.made_equal:
+            self._remember(task, ())
         self._results.resynced(result, task.job.name)
         listen(result)
         return result
@@ -141,7 +163,8 @@ class Mender:
         *,
         scrub: bool = False,
     ) -> Verification:
-        """Compare the replica with its source, and mend it if asked to. What differs is remembered until mended."""
+        """Compare the replica with its source, and mend it if asked to. What differs is remembered until something
+        ends it; see ``mismatches.py``."""
         pair, options, observer = task.pair, self._runner.options(task), _progress_to(listen, task)
         with self._runner.exclusive(task, cancel):
             native = native_verification.is_native(pair)
@@ -157,27 +180,40 @@ class Mender:
                 )
             else:
                 found = verification.verify(pair, options, observer=observer, cancel=cancel, snapshot=snapshot)
+            found = self._settled(task, found)
             if repair and not found.equal:
                 listen(Note(f"mending {found.snapshot} of {task.key.volume} on {task.key.target}"))
                 try:
                     if native:
-                        found = native_verification.repair(
+                        mended = native_verification.repair(
                             pair, found, options, observer=observer, cancel=cancel,
                             renew=lambda: self._renew(task, observer, cancel),
                         )  # fmt: skip
                     else:
-                        found = verification.repair(pair, found, options, observer=observer, cancel=cancel)
+                        mended = verification.repair(pair, found, options, observer=observer, cancel=cancel)
                 except ReplicatorError:
-                    self._verified(task, found)  # what was found stays found
+                    self._results.verified(found, task.job.name)  # what was found stays found
                     raise
-        self._verified(task, found)
+                # what ZFS healed counts only with the newest snapshot, which was verified afterwards
+                found = self._settled(task, mended, newest=native and mended.repaired)
+        self._results.verified(found, task.job.name)
         listen(found)
         return found
 
-    def _verified(self, task: Task, found: Verification) -> None:
-        differs = not found.equal and not found.repaired
-        self._runner.tracker.recall(task.key, mismatch=Mismatch(found.snapshot, found.differing) if differs else None)
-        self._results.verified(found, task.job.name)
+    def _settled(self, task: Task, found: Verification, *, newest: bool = False) -> Verification:
+        """The result with all that is known to differ now, which is remembered."""
+        pair = task.pair
+        try:
+            sides = pair.source.state(pair.source_volume), pair.target.state(pair.target_volume)
+        except ReplicatorError:  # what cannot be looked at ends nothing
+            sides = None, None
+        known = mismatches.settle(self._known(task), found, *sides, newest=newest)
+        self._remember(task, known)
+        return replace(found, standing=known)
+
+    def _remember(self, task: Task, known: tuple[Mismatch, ...]) -> None:
+        self._runner.tracker.recall(task.key, mismatches=known)
+        self._results.known(task.key, known)
 
     def _renew(self, task: Task, observer: Observer, cancel: Cancellation) -> None:
         """Take a snapshot and bring it over, in a task that is ours already."""

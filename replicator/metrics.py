@@ -205,13 +205,12 @@ class Metrics:
         with self._lock:
             self._store.add("replicator_verified_bytes_total", (job, target), checked_bytes)
             self._store.add("replicator_mismatched_bytes_total", (job, target), mismatched_bytes)
-            replica = self._store.replica(job, volume, target)
-            replica.verified, replica.mismatched = self._clock(), mismatched_bytes
+            self._store.replica(job, volume, target).verified = self._clock()
 
-    def mended(self, job: str, volume: str, target: str) -> None:
-        """A repair made the replica equal to its source, or a resync that compared all data or sent it anew."""
+    def known_to_differ(self, job: str, volume: str, target: str, mismatched_bytes: int) -> None:
+        """So many bytes of the replica are known to differ from now on, whatever the last verification looked at."""
         with self._lock:
-            self._store.replica(job, volume, target).mismatched = 0
+            self._store.replica(job, volume, target).mismatched = mismatched_bytes
 
     # -- the rest of the node
 

@@ -83,7 +83,7 @@ METRICS = (
         "replicator_replica_mismatched_bytes",
         "gauge",
         REPLICA,
-        "Bytes in blocks that differ from the source, as the last verification left them.",
+        "Bytes in blocks that are known to differ from the source, in the snapshot in which that was found last.",
     ),
     Metric("replicator_runs_total", "counter", (*ROUTE, "outcome"), "Runs by outcome, one for each volume."),
     Metric(

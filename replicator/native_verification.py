@@ -158,6 +158,7 @@ def _compare_files(
         file_count=count,
         problems=tuple(unreadable_problems(pair, tally.unreadable_source, tally.unreadable_target)),
         notes=notes,
+        guid=mine.guid,
     )
 
 
@@ -259,6 +260,7 @@ def _by_scrub(
         method=Method.SCRUB,
         problems=tuple(problems),
         notes=tuple(_told(side, scrub) for side, scrub in zip(sides, scrubs, strict=True)),
+        guid=covered.guid,
     )
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 
 from replicator.config import Config
 from replicator.control import HistoryEntry, RunReport, Status
-from replicator.history import Check, Event, History, Run
+from replicator.history import Check, Difference, Event, History, Run
 from replicator.metrics import Metrics
 from replicator.model import Progress, Version
 from replicator.tracker import ReplicaKey
 from replicator.verification import Method, Mismatch, Resync, Verification
 
 _CHECKS = 100
-"""How many verifications and resyncs are looked through for what is known of a replica."""
+"""How many verifications and resyncs are looked through for the last verification of a replica."""
 
 
 class Recording:
@@ -97,16 +97,17 @@ class Recording:
 
     def recall(self, key: ReplicaKey) -> dict[str, object]:
         """See Memory."""
+        route = key.job, key.volume, key.target
+        found = self._history.differences(*route)
+        known = tuple(_mismatch(each) for each in found)
         checks = self._history.checks(job=key.job, volume=key.volume, target=key.target, limit=_CHECKS)
-        known = _mismatch(checks)
-        verified = next((check.finished for check in checks if check.kind != "resync"), None)
-        if verified is not None:
-            self._metrics.recall_verified(
-                key.job, key.volume, key.target, verified, mismatched_bytes=known.differing if known else 0
-            )
-        summary = self._history.summary(key.job, key.volume, key.target)
+        moments = [check.finished for check in checks if check.kind != "resync"] + [each.found for each in found]
+        if moments:
+            bytes_known = known[-1].differing if known else 0
+            self._metrics.recall_verified(*route, max(moments), mismatched_bytes=bytes_known)
+        summary = self._history.summary(*route)
         if summary is None:
-            return {"mismatch": known} if checks else {}
+            return {"mismatches": known}
         last, success = summary.last_run, summary.last_success
         last_sync = success.finished if success else None
         self._metrics.recall(key.job, key.volume, key.target, failures=summary.failures, last_success=last_sync)
@@ -119,7 +120,7 @@ class Recording:
             "sent": last.bytes_sent,
             "outcome": last.outcome,
             "message": last.message,
-            "mismatch": known,
+            "mismatches": known,
         }
 
     def verified(self, result: Verification, job: str) -> None:
@@ -144,8 +145,29 @@ class Recording:
         self._metrics.verified(
             job, volume, result.target, checked_bytes=result.checked, mismatched_bytes=result.differing
         )
-        if result.repaired:
-            self._metrics.mended(job, volume, result.target)
+
+    def known(self, key: ReplicaKey, differing: tuple[Mismatch, ...]) -> None:
+        """See Memory."""
+        route = key.job, key.volume, key.target
+        before = {(each.snapshot_name, each.snapshot_guid): each.found for each in self._history.differences(*route)}
+        now = self._clock()
+        self._history.set_differences(
+            *route,
+            [
+                Difference(
+                    *route,
+                    before.get((each.snapshot, each.guid), now),
+                    each.snapshot,
+                    each.guid,
+                    each.differing,
+                    each.read,
+                    each.mended,
+                    each.passed,
+                )
+                for each in differing
+            ],
+        )
+        self._metrics.known_to_differ(*route, differing[-1].differing if differing else 0)
 
     def resynced(self, result: Resync, job: str) -> None:
         """See Memory."""
@@ -166,8 +188,6 @@ class Recording:
                 f"the target's own data is kept as {', '.join(result.aside)}" if result.aside else "",
             )
         )
-        if result.made_equal:
-            self._metrics.mended(job, volume, result.target)
 
     def event(self, kind: str, subject: str, message: str = "") -> None:
         """Anything else worth remembering: the daemon started, a job was paused."""
@@ -192,15 +212,10 @@ class Recording:
         return self._metrics.render()
 
 
-def _mismatch(checks: Sequence[Check]) -> Mismatch | None:
-    """What was found to differ and nothing has made right since; ``checks`` newest first. A resync that only continued
-    from what both sides have says nothing about it."""
-    for check in checks:
-        if check.kind == "verify" and check.mismatched_bytes:
-            return Mismatch(check.snapshot_name, check.mismatched_bytes)
-        if check.kind != "resync" or check.repaired:
-            return None
-    return None
+def _mismatch(found: Difference) -> Mismatch:
+    return Mismatch(
+        found.snapshot_name, found.differing_bytes, found.snapshot_guid, found.read, found.mended, found.passed
+    )
 
 
 def _told(result: Verification) -> str:

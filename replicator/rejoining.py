@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from replicator.cancellation import Cancellation
 from replicator.errors import NoSuchSnapshot, ReplicatorError, VolumeChanged
+from replicator.mismatches import told
 from replicator.model import DIVERGED_PREFIX, Version, VolumeState
 from replicator.planning import Step, mixes_forms, newest_common
 from replicator.replication import Observer, Options, Pair, Replication
@@ -35,14 +36,15 @@ class Manner:
 
 
 def manner(
-    pair: Pair, source: VolumeState | None, target: VolumeState, *, full: bool, mismatch: Mismatch | None
+    pair: Pair, source: VolumeState | None, target: VolumeState, *, full: bool, known: tuple[Mismatch, ...]
 ) -> Manner:
     """What a resync of a replica that has something does; for what is shown beforehand, and again when it is done.
 
     :param full: everything is to be sent anew in any case
-    :param mismatch: what is known to differ
+    :param known: what is known to differ
     """
-    made_anew = mismatch is not None and _was_kept_aside(pair, target, mismatch.snapshot)
+    left = tuple(each for each in known if not _was_kept_aside(pair, target, each.snapshot))
+    made_anew = bool(known) and not left
     why = ""
     if source is None or newest_common(source, target) is None:
         why = "nothing is common"
@@ -50,8 +52,8 @@ def manner(
         why = f"it was made of {target.form} streams and the source sends {source.form} ones now, which cannot be mixed"
     elif full:
         why = "everything is to be sent anew"
-    elif mismatch is not None and not made_anew:
-        why = str(mismatch)
+    elif left:
+        why = told(left)
     return Manner(why, made_anew)
 
 

@@ -176,7 +176,7 @@ class Runner:
         """
         self.tracker.recall(task.key, outcome="ok", message="", hint="", failures=0, last_sync=self._clock())
         if made_equal:
-            self.tracker.recall(task.key, mismatch=None)
+            self.tracker.recall(task.key, mismatches=())
 
 
 def ready_tasks(waiting: Sequence[Task], running: Iterable[Task]) -> frozenset[ReplicaKey]:

@@ -35,8 +35,8 @@ class Replica:
     :ivar as_of: the target has everything that was written before this; None where only ``newest`` says how old it is
     :ivar backlog: bytes of snapshots that are not on the target yet
     :ivar failures: consecutive runs that failed
-    :ivar mismatch: what the last verification found to differ, until a repair, a resync that looked at all data or sent
-        it anew, or an equal verification; a run that succeeds afterwards does not make it right
+    :ivar mismatches: what verifications found to differ, in that order, until something ends it (``mismatches.py``); a
+        run that succeeds afterwards does not. None: the history was not asked yet
     """
 
     key: ReplicaKey
@@ -53,7 +53,7 @@ class Replica:
     message: str = ""
     hint: str = ""
     progress: Progress | None = None
-    mismatch: Mismatch | None = None
+    mismatches: tuple[Mismatch, ...] | None = None
     as_of: datetime | None = None
 
     def lag(self, now: datetime) -> float | None:

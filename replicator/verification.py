@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from replicator import units
 from replicator.block_comparison import Compared, Comparison, merge
 from replicator.cancellation import Cancellation
 from replicator.endpoint import MAX_RANGES, Endpoint, Range, ReceiveMode, ReceiveRequest, SendRequest
@@ -49,6 +48,30 @@ class Method(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Mismatch:
+    """What a verification found to differ and nothing has made right since; see ``mismatches.py``.
+
+    :ivar snapshot: the source's name of what was compared; ``guid``: its identity, "" where an earlier version of this
+        program found it
+    :ivar differing: bytes, as in :class:`Verification`
+    :ivar read: it was found by reading, so only reading can say that it is right
+    :ivar mended: that snapshot is right since
+    :ivar passed: what follows it is right since
+    """
+
+    snapshot: str
+    differing: int
+    guid: str = ""
+    read: bool = True
+    mended: bool = False
+    passed: bool = False
+
+    def is_of(self, snapshot: str, guid: str) -> bool:
+        """Whether it is about that snapshot."""
+        return self.guid == guid if self.guid and guid else self.snapshot == snapshot
+
+
+@dataclass(frozen=True, slots=True)
 class Verification:
     """The result of comparing one snapshot on two sides.
 
@@ -63,6 +86,9 @@ class Verification:
     :ivar files: the first ``MAX_REPORTED_FILES`` entries that differ; ``file_count``: how many there are
     :ivar problems: what else is wrong, a sentence each
     :ivar notes: what to know beside that: why the data was not read, what it was that a scrub covered
+    :ivar guid: of the snapshot
+    :ivar standing: all that is known to differ after this verification, of this snapshot or of others, in the order in
+        which it was found; only where it was looked after (``mending.py``)
     """
 
     volume: str
@@ -80,34 +106,13 @@ class Verification:
     file_count: int = 0
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    guid: str = ""
+    standing: tuple[Mismatch, ...] = ()
 
     @property
     def equal(self) -> bool:
         """Whether the two were equal when they were compared."""
         return self.differing == 0 and self.file_count == 0 and not self.problems
-
-
-@dataclass(frozen=True, slots=True)
-class Mismatch:
-    """What a verification found to differ and nothing has made right since.
-
-    :ivar snapshot: the source's name of what was compared
-    :ivar differing: bytes, as in :class:`Verification`
-    """
-
-    snapshot: str
-    differing: int
-
-    def __str__(self) -> str:
-        return f"the replica differs from its source: {units.format_size(self.differing)} of {self.snapshot}"
-
-
-def ways_out(volume: str, target: str) -> str:
-    """What to do about a replica that differs from its source."""
-    return (
-        f"`replicator resync {volume} --target {target}` makes it right, and says first what that takes; "
-        f"`replicator verify {volume} --target {target} --repair` tries to mend it where it is"
-    )
 
 
 @contextmanager
@@ -214,6 +219,7 @@ def compare_blocks(
         tuple(ranges),
         counted,
         problems=tuple(unreadable_problems(pair, comparison.unreadable_source, comparison.unreadable_target)),
+        guid=mine.guid,
     )
 
 

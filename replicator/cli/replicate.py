@@ -123,11 +123,12 @@ def verify(
     else:
         for item in found:
             _show_verification(item)
-    return DONE if all(item.equal or item.repaired for item in found) else MISSED
+    return DONE if all((item.equal or item.repaired) and not item.standing for item in found) else MISSED
 
 
 def _show_verification(item: Verification) -> None:
-    from replicator.verification import Method, ways_out
+    from replicator.mismatches import told, ways_out
+    from replicator.verification import Method
 
     pair = f"{item.volume} → {item.target}"
     if item.equal:
@@ -144,13 +145,13 @@ def _show_verification(item: Verification) -> None:
         say(f"  {problem}")
     for remark in item.notes:
         note(f"- {remark}")
-    if item.equal:
-        return
     if item.repaired:
         kept = f" What was there is kept as {item.aside}." if item.aside else ""
         say(f"Mended: the replica has the source's blocks now.{kept}")
-    else:
-        hint(ways_out(item.volume, item.target))
+    if (item.equal or item.repaired) and item.standing:
+        say(f"That does not end what was found before: {told(item.standing)}.")
+    if item.standing or not (item.equal or item.repaired):
+        hint(ways_out(item.volume, item.target, item.standing))
 
 
 _NOT_READ = "The data was not read and compared: identities and the pools' scrubs were."
@@ -214,7 +215,7 @@ def resync(app: App, volume: str, target: str | None, full: bool, yes: bool, as_
 
     ZFS: puts the replica back to the newest snapshot that both sides have, keeps what it has after that as a dataset
     NAME-diverged-<time>, and sends what changed since. It keeps the whole replica so, and sends everything anew, where
-    nothing is common, where the last verification found a difference, where raw and plain streams would be mixed, and
+    nothing is common, where a verification found a difference, where raw and plain streams would be mixed, and
     with --full. Cut off, that is continued by the next resync or sync.
 
     \b

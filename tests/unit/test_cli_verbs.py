@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from replicator.control import (
 from replicator.endpoint import PruneOutcome
 from replicator.errors import Problem
 from replicator.model import Version, VersionKind, snapshot_name
-from replicator.verification import Resync, Verification
+from replicator.verification import Method, Mismatch, Resync, Verification
 from tests.support.cli import Terminal, terminal
 
 __all__ = ["terminal"]
@@ -251,6 +252,19 @@ def test_long_work_keeps_results_on_stdout(terminal: Terminal) -> None:
     assert "comparing things" in result.stderr
     assert "working alone" in result.stderr
     assert "comparing things" not in result.stdout
+
+
+@pytest.mark.parametrize("method", [Method.SCRUB, Method.BLOCKS])
+def test_verify_says_what_an_equal_one_does_not_end(terminal: Terminal, method: Method) -> None:
+    terminal.control.answers["verify"] = (
+        replace(verification(), method=method, standing=(Mismatch("older", 65536, "guid"),)),
+    )
+    result = terminal.run("verify", VOLUME)
+    assert result.exit_code == MISSED
+    assert "That does not end what was found before: the replica differs from its source: 64.0 KiB of older." in (
+        " ".join(result.stdout.split())
+    )
+    assert f"replicator verify {VOLUME} --target {TARGET} --snapshot older --repair" in " ".join(result.stdout.split())
 
 
 def test_verify_says_what_differs_and_how_to_mend_it(terminal: Terminal) -> None:

@@ -7,12 +7,13 @@ import sqlite3
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from sqlalchemy import create_engine, inspect
 
 from replicator import history
-from replicator.history import Check, History, Outcome, Run
+from replicator.history import Check, Difference, History, Outcome, Run
 from replicator.history_schema import METADATA, MIGRATIONS
 
 NOW = datetime(2026, 11, 20, 8, 17, 10, 123456, tzinfo=UTC)
@@ -152,6 +153,35 @@ def test_migrations_are_applied_once(path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(History(path).runs()) == 2
     with sqlite3.connect(path) as connection:
         assert connection.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS) + 1,)
+
+
+def test_what_stood_before_there_was_a_table_for_it_stands(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(
+        volume: str, kind: Literal["verify", "repair", "resync"], differing: int, *, right: bool = False
+    ) -> Check:
+        return Check("vms", volume, "b:s", kind, NOW, f"{kind}-{differing}", 10, differing, 1, repaired=right)
+
+    with monkeypatch.context() as before:
+        before.setattr(history, "MIGRATIONS", MIGRATIONS[:1])
+        past = History(path)
+        for volume, *later in (
+            ("stands", check("stands", "resync", 0)),
+            ("again", check("again", "verify", 7)),
+            ("equal", check("equal", "verify", 0)),
+            ("mended", check("mended", "repair", 5, right=True)),
+            ("anew", check("anew", "resync", 5, right=True)),
+        ):
+            for each in (check(volume, "verify", 5), *later):
+                past.add_check(each)
+        past.close()
+    past = History(path)
+    known = {
+        volume: past.differences("vms", volume, "b:s") for volume in ("stands", "again", "equal", "mended", "anew")
+    }
+    assert {volume: [(d.snapshot_name, d.differing_bytes) for d in found] for volume, found in known.items()} == {
+        "stands": [("verify-5", 5)], "again": [("verify-7", 7)], "equal": [], "mended": [], "anew": [],
+    }  # fmt: skip
+    assert known["stands"][0] == Difference("vms", "stands", "b:s", NOW, "verify-5", "", 5, True, False, False)
 
 
 def test_a_migration_that_fails_leaves_nothing_behind(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ def test_runs(recording: Recording, history: History, metrics: Metrics) -> None:
 
 
 def test_recall_fits_the_tracker(recording: Recording, metrics: Metrics) -> None:
-    assert recording.recall(KEY) == {}
+    assert recording.recall(KEY) == {"mismatches": ()}
     recording.run_finished(report("ok"), NOW, NEWEST)
     recording.run_finished(report("failed", "full"), NOW, None)
     recording.run_finished(report("failed", "full"), NOW, None)
@@ -107,47 +107,63 @@ def test_recall_fits_the_tracker(recording: Recording, metrics: Metrics) -> None
         sent=40,
         outcome="failed",
         message="full",
+        mismatches=(),
     )
     assert f"replicator_replica_consecutive_failures{LABELS} 2.0" in exposed(metrics)
 
 
+WRONG = Verification("tank:vm-1", "prox2:backup", "snap", 1000, 64, (), 2)
+DIFFERS = Mismatch("snap", 64, "guid-1")
+ALARM = f"replicator_replica_mismatched_bytes{LABELS}"
+
+
 def test_verifications_and_resyncs(recording: Recording, history: History, metrics: Metrics) -> None:
-    found = Verification("tank:vm-1", "prox2:backup", "snap", 1000, 64, (), 2)
-    recording.verified(found, "vms")
-    assert f"replicator_replica_mismatched_bytes{LABELS} 64.0" in exposed(metrics)
+    recording.known(KEY, (DIFFERS,))
+    recording.verified(WRONG, "vms")
+    assert f"{ALARM} 64.0" in exposed(metrics)
+    recording.known(KEY, ())
     recording.resynced(Resync("tank:vm-1", "prox2:backup", "snap", 1000, 64, 30, ("diverged-x",)), "vms")
-    assert f"replicator_replica_mismatched_bytes{LABELS} 0.0" in exposed(metrics)
+    assert f"{ALARM} 0.0" in exposed(metrics)
     resync, verify = history.checks()
     assert (verify.kind, verify.mismatched_bytes, verify.mismatched_ranges) == ("verify", 64, 2)
     assert (resync.kind, resync.bytes_sent) == ("resync", 30)
     assert "diverged-x" in resync.message
 
 
-def test_an_alarm_ends_with_what_made_the_data_equal_and_with_nothing_else(
+def test_what_is_known_to_differ_outlives_restarts_and_whatever_ended_since(
     recording: Recording, history: History, metrics: Metrics
 ) -> None:
-    alarm = f"replicator_replica_mismatched_bytes{LABELS}"
-    continued = Resync("tank:vm-1", "prox2:backup", "snap", 0, 0, 30, (), made_equal=False)
-    recording.verified(Verification("tank:vm-1", "prox2:backup", "snap", 1000, 64, (), 2), "vms")
-    recording.resynced(continued, "vms")
-    recording.resynced(continued, "vms")
-    assert f"{alarm} 64.0" in exposed(metrics)
-    wrong = Mismatch("snap", 64)
-    assert recording.recall(KEY) == {"mismatch": wrong}
+    first = Mismatch("older", 7, "guid-0", read=False, mended=True)
+    recording.known(KEY, (first, replace(DIFFERS, passed=True)))
+    recording.verified(WRONG, "vms")
+    for _ in range(150):
+        recording.verified(replace(WRONG, differing=0), "vms")
+        recording.resynced(Resync("tank:vm-1", "prox2:backup", "snap", 0, 0, 30, (), made_equal=False), "vms")
     recording.run_finished(report("ok"), NOW, NEWEST)
-    assert recording.recall(KEY)["mismatch"] == wrong
+    assert recording.recall(KEY)["mismatches"] == (first, replace(DIFFERS, passed=True))
+    assert f"{ALARM} 64.0" in exposed(metrics)
     fresh = Metrics(clock=lambda: NOW)
     Recording(CONFIG, history, fresh, clock=lambda: NOW).recall(KEY)
-    assert f"{alarm} 64.0" in exposed(fresh), "it outlives a restart"
-    recording.resynced(replace(continued, made_equal=True), "vms")
-    assert f"{alarm} 0.0" in exposed(metrics)
-    assert recording.recall(KEY)["mismatch"] is None
-    recording.verified(Verification("tank:vm-1", "prox2:backup", "snap", 1000, 64, (), 2), "vms")
-    recording.resynced(continued, "vms")
-    recording.verified(Verification("tank:vm-1", "prox2:backup", "snap", 1000, 0, (), 0), "vms")
-    recording.resynced(continued, "vms")
-    assert recording.recall(KEY)["mismatch"] is None
-    assert f"{alarm} 0.0" in exposed(metrics)
+    assert f"{ALARM} 64.0" in exposed(fresh)
+    recording.known(KEY, ())
+    assert recording.recall(KEY)["mismatches"] == ()
+    assert f"{ALARM} 0.0" in exposed(metrics)
+    other = replace(KEY, target="prox3:backup")
+    recording.known(other, (DIFFERS,))
+    recording.known(KEY, ())
+    assert recording.recall(other)["mismatches"] == (DIFFERS,)
+
+
+def test_what_is_known_to_differ_outlives_the_history_of_it(
+    tmp_path: Path, recording: Recording, metrics: Metrics
+) -> None:
+    recording.known(KEY, (DIFFERS,))
+    recording.verified(WRONG, "vms")
+    later = History(tmp_path / "history.sqlite", clock=lambda: NOW + timedelta(days=400))
+    assert later.prune() == 1
+    fresh = Metrics(clock=lambda: NOW)
+    assert Recording(CONFIG, later, fresh, clock=lambda: NOW).recall(KEY)["mismatches"] == (DIFFERS,)
+    assert f"{ALARM} 64.0" in exposed(fresh)
 
 
 def test_pulled_volumes_have_their_node_in_the_name(recording: Recording, history: History) -> None:

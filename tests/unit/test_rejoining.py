@@ -181,12 +181,16 @@ class Site:
         self.task = Task(cast(Job, SimpleNamespace(name="vms")), ReplicaKey("vms", str(SOURCE), "b"), self.pair, "b")
         self.tracker = Tracker()
         if mismatch:
-            self.tracker.recall(self.task.key, mismatch=Mismatch(mismatch, 64))
+            self.tracker.recall(self.task.key, mismatches=(Mismatch(mismatch, 64),))
         self.results: list[Resync] = []
+        self.known: list[tuple[Mismatch, ...]] = []
         self._numbers = itertools.count(3)
 
     def mender(self) -> Mender:
-        results = SimpleNamespace(resynced=lambda result, _job: self.results.append(result))
+        results = SimpleNamespace(
+            resynced=lambda result, _job: self.results.append(result),
+            known=lambda _key, known: self.known.append(known),
+        )
         return Mender(cast(Runner, self), cast(Results, results))
 
     def resync(self, *, full: bool = False) -> Resync:
@@ -196,7 +200,7 @@ class Site:
         return "\n".join(self.mender().effects(self.task, full))
 
     def alarm(self) -> bool:
-        return self.tracker.get(self.task.key).mismatch is not None
+        return bool(self.tracker.get(self.task.key).mismatches)
 
     # what Mender asks of a runner
 
@@ -231,6 +235,7 @@ def test_a_damaged_replica_is_kept_aside_whole_and_everything_is_sent() -> None:
     assert kept.versions == (ONE, TWO)
     assert done.made_equal
     assert not site.alarm()
+    assert site.known == [()]
 
 
 @pytest.mark.parametrize("there", [(ONE, TWO), (ONE, OWN)])
@@ -257,7 +262,7 @@ def test_an_ordinary_resync_claims_nothing_about_what_both_have() -> None:
     site = Site(ONE, OWN)
     assert "nobody looks whether what both have is equal" in site.told()
     assert not site.resync().made_equal
-    site.tracker.recall(site.task.key, mismatch=Mismatch("that nobody made right", 1))
+    site.tracker.recall(site.task.key, mismatches=(Mismatch("that nobody made right", 1),))
     site.mender()._runner.healed(site.task, made_equal=False)
     assert site.alarm()
 
@@ -280,7 +285,7 @@ def test_a_whole_copy_of_which_only_the_confirmation_was_lost_is_not_begun_again
     site = Site(ONE, TWO, mismatch=TWO.name)
     site.resync()
     site.tracker.recall(
-        site.task.key, mismatch=Mismatch(TWO.name, 64)
+        site.task.key, mismatches=(Mismatch(TWO.name, 64),)
     )  # as if it had been cut off before it could tell
     assert "is kept aside" not in site.told()
     done = site.resync()
@@ -295,7 +300,7 @@ def test_what_was_only_put_back_does_not_count_as_made_anew() -> None:
     site.resync()
     ((_, kept),) = site.target.aside.items()
     assert kept.versions == (TWO, OWN)
-    site.tracker.recall(site.task.key, mismatch=Mismatch(TWO.name, 64))
+    site.tracker.recall(site.task.key, mismatches=(Mismatch(TWO.name, 64),))
     assert "is kept aside" in site.told()
 
 

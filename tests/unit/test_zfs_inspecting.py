@@ -426,13 +426,13 @@ def test_what_was_found_stays_known_where_a_repair_fails(sides: tuple[Side, Side
     runner = SimpleNamespace(
         tracker=tracker, options=lambda _: Options(SendPolicy()), exclusive=lambda *_: nullcontext()
     )
-    results = SimpleNamespace(verified=lambda found, _job: told.append(found))
+    results = SimpleNamespace(verified=lambda found, _job: told.append(found), known=lambda *_: None)
     job = SimpleNamespace(name="vms", verify_by=VerifyBy.AUTO)
     task = Task(cast(Job, job), ReplicaKey("vms", "tank:a", "two:backup"), pair, "two")
     with pytest.raises(Unsupported):
         Mender(cast(Runner, runner), cast(Results, results)).verify(task, None, True, lambda _: None, Cancellation())
     (found,) = told
-    assert tracker.get(task.key).mismatch == Mismatch("v3", found.differing)
+    assert tracker.get(task.key).mismatches == (Mismatch("v3", found.differing, found.guid),)
 
 
 # -- blocks that cannot be read
