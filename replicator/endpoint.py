@@ -108,7 +108,11 @@ class ReceiveMode(StrEnum):
     REBUILD = "rebuild"
     """As REPLICA, but the stream is against whatever ``base`` really contains; a snapshot of the identity of ``to``
     may exist already (damaged): it is replaced at once, in its place and with its holds, and the old one kept as
-    ``aside`` just before it, with an identity of its own. Interrupted, it leaves nothing to resume."""
+    ``aside`` just before it, with an identity of its own. Interrupted, it leaves nothing to resume.
+
+    Of a native stream: the volume is put back to ``base`` first, or to nothing, and what it had after that is kept as
+    the volume NAME-``aside``; but not before the head of the stream has come, and is one that would be taken. From then
+    on it is as REPLICA."""
     HEAL = "heal"
     """The whole content of ``to``, which is on the target already: blocks of it that the target cannot read any more
     are written anew, everything else stays as it is. Only storages that can (OpenZFS from 2.2 on)."""

@@ -35,7 +35,7 @@ from replicator.model import (
 )
 from replicator.origins import OriginThere, find_origin
 from replicator.planning import CloneBase, Plan, SendPolicy, Step, origin_guids, plan, stale_holds
-from replicator.streams import KEY_SIZE, Chunk, ChunkStream, Stream
+from replicator.streams import KEY_SIZE, BegunStream, Chunk, ChunkStream, Stream
 from replicator.watchdog import Watchdog
 
 PAUSE_BETWEEN_ATTEMPTS = 1.0
@@ -372,19 +372,28 @@ class Replication:
         if step.resume is not None and state is not None and state.resume == step.resume:
             self._pair.target.abort_receive(self._pair.target_volume)
 
-    def put_back(self, step: Step, aside: str) -> Version:
+    def put_back(self, step: Step, aside: str, prepare: Callable[[Lineage], None]) -> Version:
         """Send one step of a native stream that first puts the target back to the step's base.
 
         What the target has after that base is kept there as ``aside``; without a base, all that it has.
+
+        :param prepare: gets the target ready to take the stream, whose lineage it is told; called once the source has
+            begun to send: of one that cannot (a key is not loaded, a pool is suspended or damaged, a right is missing)
+            the target learns nothing, and has its replica
         """
         lineage = self._pair.source.ensure_primary(self._pair.source_volume)
-        committed = self._transfer(step, lineage, ReceiveMode.REBUILD, aside)
+        committed = self._transfer(step, lineage, ReceiveMode.REBUILD, aside, prepare)
         self.outcome.steps += 1
         self._settle(step, committed)
         return committed
 
     def _transfer(
-        self, step: Step, lineage: Lineage, mode: ReceiveMode = ReceiveMode.REPLICA, aside: str = ""
+        self,
+        step: Step,
+        lineage: Lineage,
+        mode: ReceiveMode = ReceiveMode.REPLICA,
+        aside: str = "",
+        prepare: Callable[[Lineage], None] | None = None,
     ) -> Version:
         """Send one step and return the target's new version."""
         pair, cancel = self._pair, self._cancel
@@ -411,8 +420,12 @@ class Replication:
             watchdog = Watchdog(part)
             with (
                 watchdog.watching("the source prepared the stream", self._options.limits.prepare),
-                pair.source.send(send, part) as stream,
+                pair.source.send(send, part) as opened,
             ):
+                stream: Stream = opened
+                if prepare is not None:
+                    stream = BegunStream(opened)
+                    prepare(lineage)
                 receive = ReceiveRequest(
                     pair.target_volume,
                     lineage,

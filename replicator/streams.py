@@ -8,8 +8,9 @@ slowest part sets the pace and memory stays bounded.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
@@ -159,3 +160,36 @@ class ChunkStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class BegunStream(ChunkStream):
+    """A stream whose beginning has come: whoever has one knows that the source can send it.
+
+    Closing it closes the stream that it is made of. Bytes on the network are counted from the beginning on.
+
+    :raises ReplicatorError: what the stream raised before ``least`` bytes of it had come; they are kept in memory
+    """
+
+    def __init__(self, stream: Stream, least: int = CHUNK_SIZE) -> None:
+        self._stream = stream
+        self._rest = iter(stream)
+        self._first: deque[Chunk] = deque()
+        size = 0
+        while size < least and (chunk := next(self._rest, None)) is not None:
+            self._first.append(_kept(chunk))
+            size += len(chunk.data)
+            chunk.release()
+        super().__init__(stream.kind, self._all(), estimate=stream.estimate, on_close=stream.close)
+        self.wire_bytes = stream.wire_bytes
+
+    def _all(self) -> Iterator[Chunk]:
+        while self._first:
+            yield self._first.popleft()
+        for chunk in self._rest:
+            self.wire_bytes = self._stream.wire_bytes
+            yield chunk
+
+
+def _kept(chunk: Chunk) -> Chunk:
+    """With data of its own: the buffer of the other is needed for what comes."""
+    return replace(chunk, data=bytes(chunk.data), release=_nothing)

@@ -95,8 +95,10 @@ class _Receive:
         head = None
         if self._request.mode is ReceiveMode.REBUILD:  # one that fails or is refused must not put anything aside
             head = incoming.head()
-            self._terms.check(head, self._label)
+            self._check_head(head, there if self._request.base is not None else None)
             self._check_only_step(head)
+            if there is not None and self._request.base is None:
+                self._check_may_give_way(there, head)
         there = self._ready(there)
         cancel.check()
         if self._request.intermediates:

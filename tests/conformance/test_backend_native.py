@@ -619,6 +619,42 @@ def test_a_replica_without_anything_in_common_is_kept(case: ZfsCase) -> None:
     zfs("destroy", "-r", case.dataset(aside.id.name))
 
 
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("size", [None, 0, 311])
+def test_a_source_that_cannot_send_leaves_the_replica_in_its_place(case: ZfsCase, base: bool, size: int | None) -> None:
+    one, two = make(case, "one", "two")
+    replicate(case, None, one, hold=TAG)
+    zfs("snapshot", f"{case.dataset(REPLICA.name)}@own")
+    before = state(case)
+
+    def begun(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        if size:
+            yield NativeChunk(bytes(next(chunks).data[:size]))
+        if size is not None:
+            raise ConnectionLost("cut")
+
+    start = one if base else None
+    request = asked(start, two, mode=ReceiveMode.REBUILD, aside="diverged-now")
+    with pytest.raises((ConnectionLost, ProtocolError)):
+        receive(case, request, altered(opened(case, start, two), begun))
+    assert state(case) == before
+    assert [v.id.name for v in case.backend.volumes()] == ["prox1/vm", "vm"]
+
+
+def test_a_zvol_does_not_take_the_place_of_a_filesystem_with_volumes_below(case: ZfsCase) -> None:
+    case.create_filesystem("vm", a=b"1" * 1000)
+    case.backend.set_lineage("vm", PRIMARY)
+    replicate(case, None, take(case, "one"))
+    zfs("create", "-V", "1M", f"{case.dataset(REPLICA.name)}/below")
+    before = state(case)
+    zfs("destroy", "-r", case.dataset("vm"))
+    (two,) = make(case, "two")
+    with pytest.raises(NotAReplica, match="arrives as a zvol"):
+        replicate(case, None, two, mode=ReceiveMode.REBUILD, aside="diverged-now")
+    assert state(case) == before
+    assert [v.id.name for v in case.backend.volumes()] == ["prox1/vm", "prox1/vm/below", "vm"]
+
+
 def test_volumes_below_stay_where_they_are(case: ZfsCase) -> None:
     case.create_filesystem("vm", a=b"1" * 100_000)
     case.backend.set_lineage("vm", PRIMARY)

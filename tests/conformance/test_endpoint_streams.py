@@ -354,6 +354,23 @@ def test_rebuilding(case: EndpointCase) -> None:
     assert [v.name for v in state_of(case).versions] == ["diverged-now", "one"]
 
 
+@pytest.mark.parametrize("sent", [0, 1])
+def test_a_rebuild_whose_stream_fails_keeps_what_there_is_where_it_is(case: EndpointCase, sent: int) -> None:
+    one = first(case)
+    before = state_of(case)
+
+    def chunks() -> Iterator[Chunk]:
+        yield from [make_chunk((0, DATA[:BLOCK_SIZE]))][:sent]
+        raise ConnectionLost("the source cannot send")
+
+    request = asked(replace(one, holds=()), one, mode=ReceiveMode.REBUILD, aside="diverged-now")
+    with pytest.raises(ReplicatorError):
+        receive(case, request, ChunkStream(StreamKind.BLOCKS, chunks()))
+    assert state_of(case).versions == before.versions
+    assert [volume.id for volume in case.endpoint.volumes("store")] == [REPLICA]
+    assert case.storage.read_snapshot(REPLICA.name, one) == DATA
+
+
 def test_restoring(case: EndpointCase) -> None:
     back = VolumeId("store", "two/back")
     request = replace(asked(make_version("one", SIZE), mode=ReceiveMode.RESTORE), volume=back, lineage=None)

@@ -16,6 +16,7 @@ from replicator import config
 from replicator.assembly import open_engine
 from replicator.cancellation import Cancellation
 from replicator.control import Orphan, PlannedReplica, RunReport
+from replicator.errors import NoSpace, ReplicatorError
 from tests.support.zfs_case import POOL, device, zfs
 
 pytestmark = [pytest.mark.tier("zfs"), pytest.mark.timeout(1800)]  # whole runs, in a guest that is slow
@@ -312,6 +313,47 @@ def test_streams_of_another_form_are_a_conflict_that_resync_solves(world: World,
     assert values.split() == ["off", "plain"]
     world.write("vm", 0, b"still more")
     world.sync_well()
+    world.check_common("vm")
+
+
+def test_a_resync_of_a_source_that_cannot_be_sent_leaves_the_replica(world: World, tmp_path: Path) -> None:
+    """Plain streams need the key, which is not loaded; once it is, the same resync goes through."""
+    key = tmp_path / "key"
+    key.write_bytes(b"k" * 32)
+    options = ("-o", "encryption=on", "-o", "keyformat=raw", "-o", f"keylocation=file://{key}")
+    zfs("create", *options, "-o", "replicator:stream=plain", f"{world.source}/fs")
+    world.sync_well()
+    old = world.guids(f"{world.target}/fs")
+    if _mounted(f"{world.source}/fs"):
+        zfs("unmount", f"{world.source}/fs")
+    zfs("unload-key", f"{world.source}/fs")
+    with pytest.raises(ReplicatorError):
+        world.resync("fs", full=True)
+    assert world.replicas() == ["fs"]
+    assert world.guids(f"{world.target}/fs") == old
+    zfs("load-key", f"{world.source}/fs")
+    world.resync("fs", full=True)
+    assert len(world.replicas()) == 2
+    world.check_common("fs")
+
+
+def _mounted(dataset: str) -> bool:
+    return zfs("get", "-H", "-o", "value", "mounted", dataset).strip() == "yes"
+
+
+def test_a_resync_for_which_there_is_no_room_leaves_the_replica(world: World) -> None:
+    world.zvol("vm")
+    world.sync_well()
+    old = world.guids(f"{world.target}/vm")
+    storage = world.target.rpartition("/")[0]
+    used = int(zfs("get", "-Hpo", "value", "used", storage))
+    zfs("set", f"quota={used + SIZE // 2}", storage)
+    with pytest.raises(NoSpace, match="are free in"):
+        world.resync("vm", full=True)
+    assert world.replicas() == ["vm"]
+    assert world.guids(f"{world.target}/vm") == old
+    zfs("set", "quota=none", storage)
+    world.resync("vm", full=True)
     world.check_common("vm")
 
 

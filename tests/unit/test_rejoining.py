@@ -14,7 +14,7 @@ import pytest
 
 from replicator.cancellation import Cancellation
 from replicator.endpoint import Endpoint, ReceiveMode, ReceiveRequest, SendRequest
-from replicator.errors import PeerUnreachable, ReplicatorError, Unsupported
+from replicator.errors import NoSpace, PeerUnreachable, ReplicatorError, Unsupported
 from replicator.mending import Mender, Results
 from replicator.model import (
     Capability,
@@ -34,7 +34,7 @@ from replicator.rejoining import rejoin
 from replicator.replication import Options, Pair
 from replicator.runs import Runner
 from replicator.settings import Job
-from replicator.streams import Chunk, ChunkStream, NativeChunk, Stream
+from replicator.streams import CHUNK_SIZE, Chunk, ChunkStream, NativeChunk, Stream
 from replicator.surveys import Survey
 from replicator.tasks import Task
 from replicator.tracker import ReplicaKey, Tracker
@@ -55,6 +55,11 @@ class Side:
         self.asked: list[str] = []
         self.aside: dict[VolumeId, VolumeState] = {}
         self.cut: ReplicatorError | None = None
+        self.sending: ReplicatorError | None = None
+        self.sends_first = 0
+        self.opened = 0
+        self.room = 0, 0
+        self.sizes: list[int] = []
 
     def volumes(self, _storage: str) -> tuple[VolumeInfo, ...]:
         return tuple(VolumeInfo(volume, None, state.lineage, state.origin) for volume, state in self.aside.items())
@@ -67,7 +72,7 @@ class Side:
         return 5 << 30
 
     def storage(self, name: str) -> StorageInfo:
-        return StorageInfo(name, "zfs", StreamKind.NATIVE, Capability.SEND | Capability.RECEIVE, 0, 0, "")
+        return StorageInfo(name, "zfs", StreamKind.NATIVE, Capability.SEND | Capability.RECEIVE, *self.room, "")
 
     def state(self, volume: VolumeId) -> VolumeState | None:
         return self.aside.get(volume, self.now)
@@ -87,11 +92,21 @@ class Side:
     release = hold
 
     def send(self, request: SendRequest, _cancel: Cancellation) -> Stream:
-        chunks: Iterator[Chunk] = iter([NativeChunk(request.to.guid.encode())])
-        return ChunkStream(StreamKind.NATIVE, chunks)
+        def chunks() -> Iterator[Chunk]:
+            for _ in range(self.sends_first):
+                yield NativeChunk(bytes(CHUNK_SIZE // 4))
+            if self.sending is not None:
+                raise self.sending
+            yield NativeChunk(request.to.guid.encode())
+
+        def close() -> None:
+            self.opened -= 1
+
+        self.opened += 1
+        return ChunkStream(StreamKind.NATIVE, chunks(), on_close=close)
 
     def receive(self, request: ReceiveRequest, stream: Stream, _cancel: Cancellation) -> Version:
-        list(stream)
+        self.sizes.append(sum(chunk.length for chunk in stream))
         self.received.append(request)
         cut, self.cut = self.cut, None
         kept: tuple[Version, ...] = self.now.versions if self.now is not None else ()
@@ -167,6 +182,65 @@ def test_a_cut_before_anything_was_kept_aside_does_not_continue_the_old_replica(
     with pytest.raises(PeerUnreachable):
         rejoin(pair, TWO, Options(SendPolicy()), observer=ignore, cancel=Cancellation(), anew=True)
     assert right.now == target_state(ONE)
+
+
+WAYS = pytest.mark.parametrize(
+    ("target", "anew"),
+    [
+        (target_state(ONE), True),
+        (target_state(OWN), False),
+        (target_state(ONE, OWN), False),
+        (target_state(ONE, head_changed=True), False),
+    ],
+)
+
+
+def tried(left: Side, right: Side, *, anew: bool) -> None:
+    pair = Pair(cast(Endpoint, left), SOURCE, cast(Endpoint, right), TARGET, TAG)
+    rejoin(pair, TWO, Options(SendPolicy()), observer=ignore, cancel=Cancellation(), anew=anew)
+
+
+@WAYS
+@pytest.mark.parametrize("first", [0, 1, 3])
+@pytest.mark.parametrize("error", [Unsupported("no key", hint=""), PeerUnreachable("gone", hint="")])
+def test_nothing_is_asked_of_the_target_before_the_source_begins_to_send(
+    target: VolumeState, anew: bool, first: int, error: ReplicatorError
+) -> None:
+    left, right = Side("prox1", source_state(ONE, TWO)), Side("prox2", target)
+    left.sending, left.sends_first = error, first
+    with pytest.raises(type(error)):
+        tried(left, right, anew=anew)
+    assert (right.asked, right.received, right.now) == ([], [], target)
+    assert left.opened == 0
+
+
+@WAYS
+def test_the_stream_that_began_is_the_one_that_is_taken_in_full(target: VolumeState, anew: bool) -> None:
+    left, right = Side("prox1", source_state(ONE, TWO)), Side("prox2", target)
+    left.sends_first = 9
+    tried(left, right, anew=anew)
+    assert right.asked == ["adopt", "abort"]
+    assert right.sizes == [9 * CHUNK_SIZE // 4 + len(TWO.guid)]
+    assert left.opened == 0
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_done() -> None:
+    left, right = Side("prox1", source_state(ONE, TWO)), Side("prox2", target_state(ONE))
+    right.room = 8 << 30, 4 << 30
+    with pytest.raises(NoSpace, match=r"about 5\.00 GiB.*4\.00 GiB are free") as raised:
+        tried(left, right, anew=True)
+    assert "make room" in raised.value.hint
+    assert (right.asked, right.received, right.now) == ([], [], target_state(ONE))
+    right.room = 8 << 30, 6 << 30
+    tried(left, right, anew=True)
+    assert len(right.received) == 1
+
+
+def test_what_continues_needs_no_room_for_all() -> None:
+    left, right = Side("prox1", source_state(ONE, TWO)), Side("prox2", target_state(ONE, OWN))
+    right.room = 8 << 30, 4 << 30
+    tried(left, right, anew=False)
+    assert [request.base for request in right.received] == [ONE.ref]
 
 
 # -- what a resync decides, says, and what becomes of the alarm

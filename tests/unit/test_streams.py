@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from backends.blocks import GRANULARITY, after, changes, packed, within
 from replicator.endpoint import Range
 from replicator.model import StreamKind
-from replicator.streams import CHUNK_SIZE, MAX_EXTENTS, BlockChunk, Chunk, ChunkStream, Extent, NativeChunk, Stream
+from replicator.streams import (
+    CHUNK_SIZE,
+    MAX_EXTENTS,
+    BegunStream,
+    BlockChunk,
+    Chunk,
+    ChunkStream,
+    Extent,
+    NativeChunk,
+    Stream,
+)
 from tests.support.blocks import apply, full_chunks, make_chunk, make_stream, pattern
 
 
@@ -126,3 +136,64 @@ def test_chunks_keep_to_their_number_of_extents() -> None:
     extents = [Extent(n * 10, 5, zero=n % 2 == 0) for n in range(3 * MAX_EXTENTS + 1)]
     chunks = list(packed(extents, CHUNK_SIZE))
     assert [len(chunk) for chunk in chunks] == [MAX_EXTENTS] * 3 + [1]
+
+
+# -- a stream whose beginning has come
+
+
+class Counted(ChunkStream):
+    """A stream of chunks that use their buffers again, and count what crossed the network."""
+
+    def __init__(self, sizes: list[int], error: Exception | None = None) -> None:
+        self.given, self.released, self.closed = 0, 0, 0
+        self._sizes, self._error = sizes, error
+        super().__init__(StreamKind.NATIVE, self._made(), estimate=7, on_close=self._close)
+
+    def _made(self) -> Iterator[Chunk]:
+        buffer = bytearray(CHUNK_SIZE)
+        for number, size in enumerate(self._sizes):
+            buffer[:size] = bytes([number]) * size
+            self.given += 1
+            self.wire_bytes += size
+            yield NativeChunk(memoryview(buffer)[:size], self._release)
+        if self._error is not None:
+            raise self._error
+
+    def _release(self) -> None:
+        self.released += 1
+
+    def _close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize("sizes", [[], [1], [CHUNK_SIZE], [CHUNK_SIZE // 2] * 5, [100] * 3, [1, CHUNK_SIZE, 1, 2]])
+def test_a_stream_that_has_begun_is_the_whole_stream(sizes: list[int]) -> None:
+    inner = Counted(sizes)
+    with BegunStream(inner) as stream:
+        begun = inner.given
+        assert inner.released == begun, "their buffers are needed for what comes"
+        assert (sum(sizes[:begun]) >= CHUNK_SIZE) or begun == len(sizes)
+        assert sum(sizes[: begun - 1]) < CHUNK_SIZE
+        assert (stream.kind, stream.estimate, stream.wire_bytes) == (StreamKind.NATIVE, 7, sum(sizes[:begun]))
+        for number, (chunk, size) in enumerate(zip(stream, sizes, strict=True)):
+            assert bytes(chunk.data) == bytes([number]) * size
+            assert stream.wire_bytes == inner.wire_bytes
+            chunk.release()
+    assert (inner.closed, inner.released) == (1, len(sizes))
+
+
+def test_what_a_stream_raises_in_its_beginning_is_raised_at_once_and_later_when_it_comes() -> None:
+    with pytest.raises(OSError, match="disk"):
+        BegunStream(Counted([5, 5], OSError("disk")))
+    inner = Counted([CHUNK_SIZE, 5], OSError("disk"))
+    with BegunStream(inner) as stream, pytest.raises(OSError, match="disk"):
+        list(stream)
+    assert inner.closed == 1
+
+
+def test_a_stream_that_has_begun_is_closed_with_the_other() -> None:
+    inner = Counted([CHUNK_SIZE] * 3)
+    stream = BegunStream(inner)
+    stream.close()
+    stream.close()
+    assert (inner.given, inner.closed) == (1, 1)

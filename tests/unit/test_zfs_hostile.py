@@ -29,6 +29,7 @@ from replicator.errors import (
     ConnectionLost,
     InvalidName,
     NoSuchVolume,
+    NotAReplica,
     ProtocolError,
     ReplicatorError,
     SnapshotExists,
@@ -135,6 +136,7 @@ class Target(RecordedRunner):
         super().__init__({("zfs", "set"): ""})
         self._folder = folder
         self.received: list[tuple[str, ...]] = []
+        self.rows: list[Any] = []
 
     def arrived(self, number: int) -> bytes:
         return (self._folder / str(number)).read_bytes()
@@ -149,6 +151,7 @@ class Target(RecordedRunner):
                 replicator__of=100, replicator__stream="plain",
             ),
             row(f"{REPLICA}@one", "snapshot", guid=1, createtxg=1, creation=1),
+            *self.rows,
         ]  # fmt: skip
         for number, received in enumerate(self.received):
             guid = read_head(self.arrived(number)).to_guid
@@ -257,6 +260,7 @@ def test_what_is_accepted_holds_for_each_stream(target: Target, accept: StreamFo
         (head(3, 0), None, ProtocolError),
         (head(2, 1), None, ProtocolError),
         (b"", None, ProtocolError),  # zfs send failed
+        (head(2, 0, features=1 << 20), None, ProtocolError),  # it continues something
     ],
 )
 def test_a_replica_is_not_kept_aside_for_a_stream_that_is_refused(
@@ -268,6 +272,22 @@ def test_a_replica_is_not_kept_aside_for_a_stream_that_is_refused(
         take(target, data, to=2, accept=accept, **how)
     assert {argv[1] for argv in target.asked} == set()
     assert target.received == []
+
+
+def test_a_replica_is_not_put_back_for_a_stream_of_another_form(target: Target) -> None:
+    target.rows.append(row(f"{REPLICA}@own", "snapshot", guid=9, createtxg=9, creation=1))
+    how: dict[str, Any] = {"mode": ReceiveMode.REBUILD, "aside": "diverged-now", "intermediates": False}
+    with pytest.raises(Unsupported, match="cannot mix"):
+        take(target, head(2, 1, features=RAW_FEATURE), to=2, **how)
+    assert {argv[1] for argv in target.asked} == set()
+
+
+def test_a_replica_with_volumes_below_is_not_kept_aside_for_a_zvol(target: Target) -> None:
+    target.rows.append(row(f"{REPLICA}/below", guid=8))
+    how: dict[str, Any] = {"mode": ReceiveMode.REBUILD, "base": None, "aside": "diverged-now", "intermediates": False}
+    with pytest.raises(NotAReplica, match="arrives as a zvol"):
+        take(target, head(2, 0), to=2, **how)
+    assert {argv[1] for argv in target.asked} == set()
 
 
 def test_packages_are_no_batches(target: Target) -> None:
