@@ -96,8 +96,8 @@ class Mender:
         :param full: of a native storage: send everything anew, also where that is not known to be necessary
         """
         pair, options = task.pair, self._runner.options(task)
-        with self._runner.exclusive(task, cancel):
-            failed = self._runner.snapshot(task.job, (pair.source_volume,), cancel)
+        with self._runner.turns.exclusive(task, cancel):
+            failed = self._runner.snapshots.take(task.job, (pair.source_volume,), cancel)
             if pair.source_volume in failed:
                 raise failed[pair.source_volume]
             source, state = pair.source.state(pair.source_volume), pair.target.state(pair.target_volume)
@@ -116,7 +116,7 @@ class Mender:
                     result = replace(result, made_equal=result.made_equal or how.made_anew)
                 else:
                     result = self._compared(task, to, listen, cancel)
-        survey = self._runner.survey(task)
+        survey = self._runner.surveys.of(task)
         if survey.error is None:
             self._runner.healed(task, made_equal=result.made_equal)
         if result.made_equal:
@@ -166,7 +166,7 @@ class Mender:
         """Compare the replica with its source, and mend it if asked to. What differs is remembered until something
         ends it; see ``mismatches.py``."""
         pair, options, observer = task.pair, self._runner.options(task), _progress_to(listen, task)
-        with self._runner.exclusive(task, cancel):
+        with self._runner.turns.exclusive(task, cancel):
             native = native_verification.is_native(pair)
             if native:
                 found = native_verification.verify(
@@ -218,7 +218,7 @@ class Mender:
     def _renew(self, task: Task, observer: Observer, cancel: Cancellation) -> None:
         """Take a snapshot and bring it over, in a task that is ours already."""
         pair = task.pair
-        failed = self._runner.snapshot(task.job, (pair.source_volume,), cancel)
+        failed = self._runner.snapshots.take(task.job, (pair.source_volume,), cancel)
         if pair.source_volume in failed:
             raise failed[pair.source_volume]
         Replication(pair, self._runner.options(task), observer=observer, cancel=cancel).run()

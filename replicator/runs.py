@@ -14,12 +14,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from datetime import UTC, datetime, tzinfo
 
 from replicator.cancellation import Cancellation
 from replicator.control import Listener, Note, RunReport
-from replicator.errors import ReplicatorError
 from replicator.model import VolumeId
 from replicator.planning import Common
 from replicator.pruning import Pruner, source_request
@@ -28,7 +27,7 @@ from replicator.reporting import Recorder, Reporter
 from replicator.settings import Job
 from replicator.settling import RunListing
 from replicator.snapshotting import Snapshots, Snapshotted
-from replicator.surveys import Survey, Surveys
+from replicator.surveys import Surveys
 from replicator.task_runs import Done, TaskRuns
 from replicator.tasks import Network, Task, Tasks
 from replicator.tracker import ReplicaKey, Tracker
@@ -77,20 +76,6 @@ class Runner:
     def options(self, task: Task) -> Options:
         """How the task's job wants it, within this node's limits."""
         return task.options(self._limits, self._pacers(task.job, task.peer))
-
-    def survey(self, task: Task) -> Survey:
-        """See :class:`~replicator.surveys.Surveys`."""
-        return self.surveys.of(task)
-
-    def snapshot(
-        self, job: Job, volumes: Sequence[VolumeId], cancel: Cancellation
-    ) -> Mapping[VolumeId, ReplicatorError]:
-        """See :class:`~replicator.snapshotting.Snapshots`."""
-        return self.snapshots.take(job, volumes, cancel)
-
-    def exclusive(self, task: Task, cancel: Cancellation) -> AbstractContextManager[None]:
-        """See :class:`~replicator.turns.Turns`."""
-        return self.turns.exclusive(task, cancel)
 
     def run(
         self, job: Job, volume: str | None, target: str | None, listen: Listener, cancel: Cancellation

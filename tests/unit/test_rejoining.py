@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -259,6 +259,13 @@ class Site:
         self.results: list[Resync] = []
         self.known: list[tuple[Mismatch, ...]] = []
         self._numbers = itertools.count(3)
+        self.turns = SimpleNamespace(exclusive=lambda _task, _cancel: nullcontext())
+        self.surveys = SimpleNamespace(of=lambda _task: Survey(None, None, 0))
+        self.snapshots = SimpleNamespace(take=self._take)
+
+    def _take(self, _job: Job, _volumes: object, _cancel: Cancellation) -> dict[VolumeId, ReplicatorError]:
+        self.source.snapshot(snap(next(self._numbers)))
+        return {}
 
     def mender(self) -> Mender:
         results = SimpleNamespace(
@@ -280,16 +287,6 @@ class Site:
 
     def options(self, _task: Task) -> Options:
         return Options(SendPolicy(Intermediates.NEWEST, "vms"))
-
-    def exclusive(self, _task: Task, _cancel: Cancellation) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def snapshot(self, _job: Job, _volumes: object, _cancel: Cancellation) -> dict[VolumeId, ReplicatorError]:
-        self.source.snapshot(snap(next(self._numbers)))
-        return {}
-
-    def survey(self, _task: Task) -> Survey:
-        return Survey(None, None, 0)
 
     healed = Runner.healed
 

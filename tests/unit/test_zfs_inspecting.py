@@ -423,9 +423,8 @@ def test_what_was_found_stays_known_where_a_repair_fails(sides: tuple[Side, Side
     sides[1].folder = other(sides[1].folder)
     sides[1].heal = refuse
     pair, tracker, told = pair_of(sides), Tracker(), []
-    runner = SimpleNamespace(
-        tracker=tracker, options=lambda _: Options(SendPolicy()), exclusive=lambda *_: nullcontext()
-    )
+    turns = SimpleNamespace(exclusive=lambda *_: nullcontext())
+    runner = SimpleNamespace(tracker=tracker, options=lambda _: Options(SendPolicy()), turns=turns)
     results = SimpleNamespace(verified=lambda found, _job: told.append(found), known=lambda *_: None)
     job = SimpleNamespace(name="vms", verify_by=VerifyBy.AUTO)
     task = Task(cast(Job, job), ReplicaKey("vms", "tank:a", "two:backup"), pair, "two")
