@@ -243,7 +243,7 @@ class Engine:
             protect: dict[VolumeId, frozenset[str]] = {}
             for task in tasks:
                 volume = task.pair.source_volume
-                protect[volume] = protect.get(volume, frozenset()) | surveys[task.key].protect
+                protect[volume] = protect.get(volume, frozenset()) | (surveys[task.key].protect or frozenset())
             for task in tasks:
                 planned = self._planned(task, surveys[task.key])
                 mine = protect.pop(task.pair.source_volume, None) if not planned.conflict else None
@@ -292,7 +292,7 @@ class Engine:
         return tuple(outcome for outcome in task.pair.source.prune(ours) if not outcome.kept)
 
     def _target_prunes(self, task: Task, survey: Survey) -> tuple[PruneOutcome, ...]:
-        if survey.common is None:
+        if survey.common is None or survey.protect is None:
             return ()
         theirs = target_request(task, survey.protect, dry_run=True)
         if survey.plan is not None and survey.plan.renamed is not None:
@@ -419,7 +419,9 @@ class Engine:
             for task in tasks:
                 try:
                     survey = self._runner.surveys.of(task, sizes=False)
-                    theirs = target_request(task, survey.protect, dry_run=dry_run)
+                    if survey.protect is None and survey.error is not None:
+                        raise survey.error  # what the target needs is not known
+                    theirs = target_request(task, survey.protect or frozenset(), dry_run=dry_run)
                     if task.pair.target.state(task.pair.target_volume) is None:
                         continue
                 except ReplicatorError as error:

@@ -23,7 +23,7 @@ class Survey:
 
     :ivar backlog: estimated bytes of snapshots that the target does not have yet
     :ivar quiet: nothing was written to the volume since its newest snapshot, so a run takes none
-    :ivar protect: guids that no policy may destroy, on either side; known where both could be listed, whatever is wrong
+    :ivar protect: guids that no policy may destroy, on either side; None where not both could be listed
     """
 
     common: Common | None
@@ -32,7 +32,7 @@ class Survey:
     error: ReplicatorError | None = None
     sizes: tuple[int | None, ...] = ()
     quiet: bool = False
-    protect: frozenset[str] = frozenset()
+    protect: frozenset[str] | None = None
 
 
 class Surveys:
@@ -73,7 +73,7 @@ class Surveys:
     def protected(self, tasks: Sequence[Task]) -> frozenset[str]:
         """What no policy may destroy on the source of these tasks, which is one volume: what every target that answers
         has newest. For the others, their holds protect it."""
-        return frozenset[str]().union(*(self.of(task, sizes=False).protect for task in tasks))
+        return frozenset[str]().union(*(self.of(task, sizes=False).protect or () for task in tasks))
 
     def _survey(
         self, task: Task, listed: Listed | None, as_of: datetime | None, sizes: bool, volumes: Volumes
@@ -81,7 +81,7 @@ class Surveys:
         replication = Replication(
             task.pair, task.options(), observer=lambda _: None, cancel=Cancellation(), volumes=volumes
         )
-        protect: frozenset[str] = frozenset()
+        protect: frozenset[str] | None = None
         try:
             found, source, target = replication.plan(listed)
             common = newest_common(source, target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import pytest
 
@@ -358,6 +358,29 @@ def test_what_goes_from_the_source_is_told_once() -> None:
     assert world.snapshots("b")[-1] != world.snapshots("c")[-1]
     assert told == [more[:1], []], "neither what b has nor what c has"
     assert [item.conflict for item in planned] == ["", ""]
+
+
+def test_what_cannot_be_listed_is_not_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand either: what the replica needs is known only where the source was listed, too."""
+    world = World(rest='keep = {target = "last=9"}')
+    for number in range(3):
+        world.memory["a"].write("vm-1", 0, bytes([number]))
+        world.now += timedelta(minutes=1)
+        world.run()
+
+    def fail(_: object) -> NoReturn:
+        raise StorageUnavailable("the pool is suspended", hint="")
+
+    monkeypatch.setattr(world.endpoints["a"], "state", fail, raising=False)
+    parsed = config.parse(CONFIG.format(targets='["b:store"]', rest='keep = {target = "last=1"}'))
+    engine = Engine(
+        parsed, cast(Any, world), world.runner, cast(Any, None), cast(Any, None), daemon=False, check=lambda: ()
+    )
+    there = world.snapshots("b")
+    assert len(there) == 3
+    reports = [report for report in engine.prune("vms", dry_run=False) if report.node == "b"]
+    assert {report.message for report in reports} == {"the pool is suspended"}
+    assert world.snapshots("b") == there
 
 
 def test_a_plan_has_the_size_of_a_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
