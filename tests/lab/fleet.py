@@ -28,8 +28,8 @@ LOOK_AGAIN = 1.5
 """Seconds: each look is eight processes in the guest."""
 ANSWER_SECONDS = 30
 SILENCE_SECONDS = 60
-START_SECONDS = 120
-"""Until a daemon answers: Python starts slowly under emulation."""
+START_SECONDS = 300
+"""Until a daemon answers: Python starts slowly under emulation, and much slower beside other guests."""
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Member:
     def stop(self, signal_name: str = "TERM") -> None:
         """End the daemon."""
         if self.daemon is not None:
-            self.daemon.stop(signal_name, timeout=60)
+            self.daemon.stop(signal_name, timeout=START_SECONDS)
             self.daemon = None
 
     def said(self) -> str:
