@@ -102,7 +102,7 @@ class ChunkChecker:
 def changes(base: bytes, to: bytes) -> Iterator[Extent]:
     """What makes ``base``, cut or grown with zeros to the size of ``to``, into ``to``."""
     pieces = _pieces(0, len(to))
-    return _merged(_extent(to, a, b) for a, b in pieces if to[a:b] != base[a:b].ljust(b - a, b"\0"))
+    return merged(_extent(to, a, b) for a, b in pieces if to[a:b] != base[a:b].ljust(b - a, b"\0"))
 
 
 def after(start: int, extents: Iterator[Extent]) -> Iterator[Extent]:
@@ -115,7 +115,7 @@ def after(start: int, extents: Iterator[Extent]) -> Iterator[Extent]:
 
 def within(ranges: Iterable[Range], to: bytes) -> Iterator[Extent]:
     """All of these ranges of ``to``, whatever was in them before; what is beyond its end is left out."""
-    return _merged(_extent(to, a, b) for r in ranges for a, b in _pieces(r.offset, min(r.end, len(to))))
+    return merged(_extent(to, a, b) for r in ranges for a, b in _pieces(r.offset, min(r.end, len(to))))
 
 
 def _pieces(start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -129,7 +129,8 @@ def _extent(data: bytes, start: int, end: int) -> Extent:
     return Extent(start, end - start, zero=not any(data[start:end]))
 
 
-def _merged(extents: Iterable[Extent]) -> Iterator[Extent]:
+def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """Neighbouring extents of one kind as one."""
     run: Extent | None = None
     for extent in extents:
         if run is not None and run.end == extent.offset and run.zero == extent.zero:

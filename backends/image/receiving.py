@@ -12,13 +12,14 @@ from concurrent.futures import TimeoutError as WaitTimeout
 from dataclasses import dataclass
 from pathlib import Path
 
+from backends.chunks import runs
 from backends.image.durable import Files
 from backends.image.kept_digests import block_count
 from backends.image.records import encode_progress
 from replicator.cancellation import Cancellation
 from replicator.checksums import Checksums
 from replicator.errors import ChecksumMismatch, ProtocolError
-from replicator.streams import BLOCK_SIZE, CHUNK_SIZE, DIGEST_SIZE, MAX_EXTENTS, BlockChunk, Chunk, Extent
+from replicator.streams import BLOCK_SIZE, CHUNK_SIZE, DIGEST_SIZE, MAX_EXTENTS, BlockChunk, Chunk
 
 CHECKPOINT_BYTES = 64 << 20
 CHECKPOINT_SECONDS = 2.0
@@ -150,7 +151,7 @@ class ChunkWriter:
         try:
             view = memoryview(chunk.data)
             self._verify(chunk, view)
-            for offset, length, start in _runs(chunk.extents):
+            for offset, length, start in runs(chunk.extents):
                 if start is not None:
                     self._files.write_at(self._target.fd, view[start : start + length], offset)
                 elif not self._target.empty:
@@ -233,24 +234,6 @@ class ChunkWriter:
         if self._prefix > self._durable:
             with contextlib.suppress(OSError):
                 self._save(self._prefix)
-
-
-def _runs(extents: Iterable[Extent]) -> Iterable[tuple[int, int, int | None]]:
-    """``(offset, length, start in the data)`` of neighbouring extents taken together; None for zeros."""
-    position = 0
-    run: tuple[int, int, int | None] | None = None
-    for extent in extents:
-        start = None if extent.zero else position
-        if not extent.zero:
-            position += extent.length
-        if run is not None and run[0] + run[1] == extent.offset and (run[2] is None) == extent.zero:
-            run = (run[0], run[1] + extent.length, run[2])
-            continue
-        if run is not None:
-            yield run
-        run = (extent.offset, extent.length, start)
-    if run is not None:
-        yield run
 
 
 def close_quietly(fd: int) -> None:

@@ -7,8 +7,9 @@ import os
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends.chunks import batches
 from backends.image.reading import Image, snapshot_shrunk
-from backends.image.sending import BufferPool, ChunkReader, batches
+from backends.image.sending import BufferPool, ChunkReader
 from replicator.model import StreamKind
 from replicator.streams import BLOCK_SIZE, CHUNK_SIZE, MAX_EXTENTS, ChunkStream, Extent
 from tests.support.blocks import KEY, apply, pattern
