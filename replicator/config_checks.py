@@ -94,9 +94,7 @@ def _check_storages(storages: Mapping[str, Storage], problem: Report) -> None:
         (kind, here), (other_kind, there) = _places(one), _places(other)
         if kind != other_kind:
             continue
-        # RBD namespaces are beside, not inside, the pool's default one.
-        nested = one.kind != "rbd" and (here.is_relative_to(there) or there.is_relative_to(here))
-        if here == there or nested:
+        if here.is_relative_to(there) or there.is_relative_to(here):
             problem(
                 key_path("storage", second),
                 f"{there} {'is also' if here == there else 'overlaps'} {here} of storage {first!r}",

@@ -5,32 +5,18 @@ A backend's module is imported only when a storage needs it, because the binding
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 from backends.base import Backend
-from replicator.errors import MissingBinding, ReplicatorError, Unsupported
+from replicator.errors import ReplicatorError
 from replicator.settings import ImageStorage, Storage, ZfsStorage
-
-
-@dataclass(frozen=True, slots=True)
-class _Binding:
-    """What a kind of storage needs from the distribution."""
-
-    module: str
-    package: str
-
-
-_BINDINGS = {"rbd": _Binding("rbd", "python3-rbd")}
 
 
 def build_backend(storage: Storage) -> Backend:
     """The backend of one storage; the storage itself need not be there now.
 
     :raises MissingBinding: a Python binding that only the distribution has is not installed
-    :raises Unsupported: this version has no backend for that kind
     """
     if isinstance(storage, ImageStorage):
         from backends.image import ImageBackend
@@ -52,22 +38,20 @@ def build_backend(storage: Storage) -> Backend:
         accept = None if storage.accept == "any" else StreamForm(storage.accept)
         terms = Terms(accept, MappingProxyType(storage.override), frozenset(storage.exclude))
         return ZfsBackend(storage.name, storage.root, checksums=checksum, terms=terms)
-    binding = _BINDINGS[storage.kind]
-    needs = f"storage {storage.name!r} is of kind {storage.kind}, which"
-    if importlib.util.find_spec(binding.module) is None:
-        raise MissingBinding(
-            f"{needs} needs {binding.package}",
-            hint=f"apt install {binding.package}, and run from a virtual environment made with --system-site-packages",
-        )
-    raise Unsupported(
-        f"{needs} is not supported by this version", hint='use a storage of kind "image", or a newer version'
-    )
+    from backends.rbd import RbdBackend
+    from backends.rbd.binding import load
+    from backends.rbd.cluster import Where
+    from transport import checksum
+
+    load()  # what is missing is said when the storage is configured, and not when it is first used
+    where = Where(storage.pool, storage.conffile, storage.user, storage.keyring)
+    return RbdBackend(storage.name, where, namespace=storage.namespace, checksums=checksum)
 
 
 def build_backends(storages: Mapping[str, Storage]) -> dict[str, Backend]:
     """The backends of all storages, by name.
 
-    :raises MissingBinding, Unsupported: of the first that has none; what was built before it is closed again
+    :raises MissingBinding: of the first that has none; what was built before it is closed again
     """
     backends: dict[str, Backend] = {}
     try:

@@ -1,0 +1,176 @@
+"""What a stream has to carry, as extents in ascending order.
+
+Changes are found in two passes: which objects changed, by the object maps (fast-diff: nothing but the maps is read),
+then which parts of those objects, asked of the OSDs. Both are librbd's diff, each used only for what it is right in:
+
+- The maps say nothing true where they are marked invalid, or an image has none: then all objects are asked.
+- librbd 16.2 compares maps of different lengths only as far as the shortest goes: of an image that was cut and grown
+  again between two snapshots it leaves out what changed beyond the cut. So maps are believed up to the smallest size
+  that any snapshot in between had; what is behind that is asked of the OSDs.
+- A difference goes from an older snapshot to a newer one. Between others, both are read.
+
+Ranges begin and end at object boundaries (of a striped image: of a set of objects), as librbd miscounts others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from backends.blocks import GRANULARITY, merged
+from backends.rbd.binding import Image
+from backends.rbd.catalog import Catalog, RawSnapshot
+from backends.rbd.cluster import Session
+from backends.rbd.reading import Reader
+from replicator.cancellation import Cancellation
+from replicator.endpoint import Range
+from replicator.streams import CHUNK_SIZE, Extent
+
+WHOLE_WINDOW = 256 << 30
+EXACT_WINDOW = 1 << 30
+"""Bytes of an image that one question is about: bounds the answer, and how long it takes to be cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diff:
+    """The way from one state of an image to a later one.
+
+    :ivar image: open, at the later state
+    :ivar size: of the later state
+    :ivar base: the earlier one; None: nothing
+    :ivar trusted: offset up to which the object maps may be believed; 0 without any
+    :ivar period: bytes after which objects repeat: ranges begin at multiples of it
+    """
+
+    image: Image
+    size: int
+    base: RawSnapshot | None
+    trusted: int
+    period: int
+    whole_window: int = WHOLE_WINDOW
+    exact_window: int = EXACT_WINDOW
+
+    def dirty(self, start: int = 0) -> Iterator[Range]:
+        """Where something may have changed, whole objects at a time; without maps that is everything."""
+        begin = start // self.period * self.period
+        for offset, length in _windows(begin, self.trusted, _multiple(self.whole_window, self.period)):
+            yield from (Range(e.offset, e.length) for e in merged(self._ask(offset, length, whole=True)))
+        if max(begin, self.trusted) < self.size:
+            yield Range(max(begin, self.trusted), self.size - max(begin, self.trusted))
+
+    def extents(self, start: int = 0) -> Iterator[Extent]:
+        """What changed, from offset ``start`` on."""
+        return merged(_from(start, self._exact(start)))
+
+    def _exact(self, start: int) -> Iterator[Extent]:
+        done = 0
+        for found in self.dirty(start):
+            begin = max(found.offset // self.period * self.period, done)
+            done = min(-(-found.end // self.period) * self.period, self.size)
+            for offset, length in _windows(begin, done, _multiple(self.exact_window, self.period)):
+                yield from self._ask(offset, length, whole=False)
+
+    def estimate(self, start: int = 0) -> int | None:
+        """Bytes of whole objects that changed, None where only asking all OSDs could tell."""
+        if self.size and (not self.trusted or self.size - self.trusted >= self.period):
+            return None
+        return sum(max(0, min(found.end, self.size) - max(found.offset, start)) for found in self.dirty(start))
+
+    def _ask(self, offset: int, length: int, *, whole: bool) -> list[Extent]:
+        found: list[Extent] = []
+
+        def add(begin: int, size: int, exists: bool) -> None:
+            end = min(begin + size, self.size)
+            if end > begin:  # zeros where there was nothing need not be said
+                found.append(Extent(begin, end - begin, zero=not exists and not whole))
+
+        base = self.base.name if self.base is not None else None
+        self.image.diff_iterate(offset, length, base, add, True, whole)
+        if self.base is None and not whole:
+            return [extent for extent in found if not extent.zero]
+        return found
+
+
+def find_changes(
+    session: Session, image: Image, raw: Iterable[RawSnapshot], base: RawSnapshot | None, to: RawSnapshot | None
+) -> Diff:
+    """The way from ``base`` to ``to`` (None: the head), which is the newer one; leaves ``image`` at ``to``.
+
+    :param raw: all snapshots of the image
+    """
+    later = [s for s in raw if (base is None or s.id >= base.id) and (to is None or s.id <= to.id)]
+    between = later if base is not None else [s for s in later if s == to]
+    usable = _maps_valid(session, image, between, head=to is None)
+    image.set_snap_by_id(None if to is None else to.id)
+    size = image.size()
+    period = int(image.stat()["obj_size"]) * image.stripe_count()
+    smallest = min([size, *(snapshot.size for snapshot in between)])
+    trusted = 0 if not usable else size if smallest == size else smallest // period * period
+    return Diff(image, size, base, trusted, period)
+
+
+def _maps_valid(session: Session, image: Image, snapshots: list[RawSnapshot], *, head: bool) -> bool:
+    rbd = session.binding.rbd
+    needed = rbd.RBD_FEATURE_OBJECT_MAP | rbd.RBD_FEATURE_FAST_DIFF
+    invalid = rbd.RBD_FLAG_OBJECT_MAP_INVALID | rbd.RBD_FLAG_FAST_DIFF_INVALID
+    for snapshot in [s.id for s in snapshots] + ([None] if head else []):
+        image.set_snap_by_id(snapshot)
+        if image.features() & needed != needed or image.flags() & invalid:
+            return False
+    return True
+
+
+def _multiple(window: int, period: int) -> int:
+    return max(1, window // period) * period
+
+
+def _windows(start: int, end: int, step: int) -> Iterator[tuple[int, int]]:
+    for offset in range(start, end, step):
+        yield offset, min(step, end - offset)
+
+
+def _from(start: int, extents: Iterable[Extent]) -> Iterator[Extent]:
+    for extent in extents:
+        offset = max(extent.offset, start)
+        if extent.end > offset:
+            yield Extent(offset, extent.end - offset, extent.zero)
+
+
+def selected(ranges: Iterable[Range], size: int, start: int) -> Iterator[Extent]:
+    """Just these ranges; what is beyond the end is left out."""
+    for wanted in ranges:
+        offset, end = max(wanted.offset, start), min(wanted.end, size)
+        if offset < end:
+            yield Extent(offset, end - offset)
+
+
+def compared(newer: Reader, older: Reader, start: int, cancel: Cancellation) -> Iterator[Extent]:
+    """Changes by reading both, to the piece of 4 KiB. What lies beyond the end of ``older`` is zeros there."""
+    common = min(newer.size, older.size)
+    windows = [Extent(offset, length) for offset, length in _windows(start, common, CHUNK_SIZE)]
+    pairs = zip(newer.read([e] for e in windows), older.read([e] for e in windows), strict=True)
+    for (batch, (mine,)), (_, (theirs,)) in pairs:
+        cancel.check()
+        if mine != theirs:
+            for place in range(0, len(mine), GRANULARITY):
+                if mine[place : place + GRANULARITY] != theirs[place : place + GRANULARITY]:
+                    yield Extent(batch[0].offset + place, min(GRANULARITY, len(mine) - place))
+    rest = max(start, common)
+    for offset, length in _windows(rest, newer.size, CHUNK_SIZE):
+        yield Extent(offset, length)
+
+
+def head_changed(session: Session, image: Image, catalog: Catalog) -> bool:
+    """Whether a head has data that the newest snapshot has not. Of a replica see also :attr:`Catalog.head_is`.
+
+    :param image: open for reading only: to look at snapshots with one that is being written to would let go its lock
+    """
+    if not catalog.raw or not catalog.raw[-1].user:
+        return True
+    newest = catalog.raw[-1]
+    diff = find_changes(session, image, catalog.raw, newest, None)
+    if newest.size != diff.size:
+        return True
+    # With object maps an answer costs nothing; without, the OSDs are asked.
+    found: Iterator[object] = diff.dirty() if diff.trusted >= diff.size else diff.extents()
+    return next(found, None) is not None

@@ -1,0 +1,210 @@
+"""The connection to a Ceph cluster: one for a storage, made when it is first needed, made anew once it is lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from backends.rbd.binding import Binding, Image, Ioctx, Pool, Rados
+from backends.rbd.failures import LOST, not_connected, number, translate
+from backends.rbd.naming import Place
+from replicator.errors import StorageUnavailable
+
+MON_SECONDS = 30
+OSD_SECONDS = 60
+"""Deadlines of a single operation; librados ends it with ETIMEDOUT."""
+_OPTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "client_mount_timeout": str(MON_SECONDS),
+        "rados_mon_op_timeout": str(MON_SECONDS),
+        "rados_osd_op_timeout": str(OSD_SECONDS),
+        # What is written is written once, and what is read is read once; and a write that is done is then durable.
+        "rbd_cache": "false",
+        # Clones need no protected parent, and may be in another namespace.
+        "rbd_default_clone_format": "2",
+    }
+)
+_MAX_ANSWER = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Which pool of which cluster, and as whom.
+
+    :ivar keyring: None: where the configuration says
+    """
+
+    pool: str
+    conffile: Path
+    user: str
+    keyring: Path | None
+
+    def __str__(self) -> str:
+        return f"pool {self.pool} as client.{self.user}"
+
+
+class Session:
+    """A connection in use. Thread-safe.
+
+    :ivar fsid: the cluster's identity
+    :ivar client: this connection's number among the cluster's clients
+    :ivar lost: it cannot be used again
+    """
+
+    def __init__(self, storage: str, binding: Binding, where: Where, rados: Rados) -> None:
+        self.binding = binding
+        self.rados = rados
+        self.lost = False
+        self._storage = storage
+        self._where = where
+        self.fsid = rados.get_fsid()
+        self.client = rados.get_instance_id()
+        with self.ioctx("") as ioctx:
+            self.pool_id = ioctx.get_pool_id()
+
+    @property
+    def pool(self) -> Pool:
+        """What is done to the images of a pool."""
+        return self.binding.pool()
+
+    @contextmanager
+    def errors(self, doing: str) -> Iterator[None]:
+        """Turn errors of the bindings into StorageErrors that say what was being done."""
+        try:
+            yield
+        except self.binding.errors as error:
+            self.lost = self.lost or number(error) in LOST
+            raise translate(error, self._storage, str(self._where), doing) from error
+        except StorageUnavailable:
+            self.lost = True
+            raise
+
+    @contextmanager
+    def ioctx(self, namespace: str) -> Iterator[Ioctx]:
+        """The pool at a namespace."""
+        ioctx = self.rados.open_ioctx(self._where.pool)
+        try:
+            if namespace:
+                ioctx.set_namespace(namespace)
+            yield ioctx
+        finally:
+            ioctx.close()
+
+    @contextmanager
+    def image(self, place: Place, *, read_only: bool = True) -> Iterator[Image]:
+        """An image at its head. Read-only ones are not seen as users of it."""
+        with self.ioctx(place.namespace) as ioctx:
+            image = self.binding.open_image(ioctx, place.image, read_only=read_only)
+            try:
+                yield image
+            finally:
+                # A connection that is gone cannot take leave; what went wrong is being raised already.
+                with suppress(*self.binding.errors):
+                    image.close()
+
+    def ask_mon(self, **command: str) -> dict[str, Any] | None:
+        """What the monitors answer, None where this user may not ask."""
+        status, answer, _ = self.rados.mon_command(json.dumps({**command, "format": "json"}), b"", timeout=MON_SECONDS)
+        if status or len(answer) > _MAX_ANSWER:
+            return None
+        try:
+            found = json.loads(answer)
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) else None
+
+
+class _Users:
+    """A session and how many are in it: one that is not the current one any more is shut down when all have left."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.count = 0
+
+
+class Connection:
+    """The way to a storage's cluster.
+
+    :param load: the bindings, when they are needed
+    """
+
+    def __init__(self, storage: str, where: Where, load: Callable[[], Binding]) -> None:
+        self._storage = storage
+        self.where = where
+        self._load = load
+        self._lock = threading.Lock()
+        self._current: _Users | None = None
+
+    @contextmanager
+    def session(self, doing: str) -> Iterator[Session]:
+        """Work with the cluster; errors of the bindings become StorageErrors that say what was being done.
+
+        :raises StorageUnavailable: it cannot be reached
+        """
+        binding = self._load()
+        users = self._enter(binding)
+        try:
+            with users.session.errors(doing):
+                yield users.session
+        finally:
+            self._leave(users)
+
+    def close(self) -> None:
+        """Drop the connection; who is still using it keeps it until he is done."""
+        with self._lock:
+            users, self._current = self._current, None
+            idle = users is not None and users.count == 0
+        if users is not None and idle:
+            users.session.rados.shutdown()
+
+    def _enter(self, binding: Binding) -> _Users:
+        with self._lock:
+            if self._current is None or self._current.session.lost:
+                self._current = _Users(self._connect(binding))
+            self._current.count += 1
+            return self._current
+
+    def _leave(self, users: _Users) -> None:
+        with self._lock:
+            users.count -= 1
+            if users.session.lost and self._current is users:
+                self._current = None
+            over = self._current is not users and users.count == 0
+        if over:
+            users.session.rados.shutdown()
+
+    def _connect(self, binding: Binding) -> Session:
+        where = self.where
+        options = dict(_OPTIONS)
+        if where.keyring is not None:
+            options["keyring"] = str(where.keyring)
+        keyring = str(where.keyring or "the keyring that it names")
+        try:
+            rados = binding.new_connection(where.conffile, where.user, options)
+        except Exception as error:
+            raise not_connected(error, self._storage, str(where), str(where.conffile), keyring) from error
+        try:
+            rados.connect()
+            return Session(self._storage, binding, where, rados)
+        except BaseException as error:
+            rados.shutdown()
+            if isinstance(error, binding.errors):
+                raise not_connected(error, self._storage, str(where), str(where.conffile), keyring) from error
+            raise
+
+
+def is_absent(error: BaseException) -> bool:
+    """Whether an error of the binding says that something is not there."""
+    return number(error) == errno.ENOENT
+
+
+def exists_already(error: BaseException) -> bool:
+    """Whether an error of the binding says that something of that name is there."""
+    return number(error) == errno.EEXIST
