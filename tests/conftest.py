@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import tiers
+from tests.lab.ceph import Cluster
 
 settings.register_profile(
     "default", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], print_blob=True
@@ -80,6 +81,13 @@ def soak(request: pytest.FixtureRequest) -> bool:
 def count(soak: bool) -> Callable[[int, int], int]:
     """``count(sample, full)``: how often to do something, in this run."""
     return lambda sample, full: full if soak else sample
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[Cluster]:
+    """One cluster for all tests that only need one, with the pool ``rbd``."""
+    with Cluster.up(f"test-{os.getpid()}") as cluster:
+        yield cluster
 
 
 def mounted(folder: Path, *mkfs: str, size: int) -> Iterator[Path]:

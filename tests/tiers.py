@@ -14,6 +14,9 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from backends.rbd import binding
+from replicator.errors import MissingBinding
+
 
 def _run(*argv: str) -> str:
     """Why the command failed, "" when it did not."""
@@ -84,6 +87,19 @@ def _zfs() -> str:
     return _run("zpool", "list", "tank")
 
 
+def _ceph() -> str:
+    """Throw-away clusters: see tests/lab/ceph-lab."""
+    commands = (("ceph-mon", "ceph-mon"), ("ceph-mgr", "ceph-mgr"), ("ceph-osd", "ceph-osd"), ("rbd", "ceph-common"))
+    for name, package in (*commands, ("uuidgen", "uuid-runtime")):
+        if reason := _root() or _command(name, package)():
+            return reason
+    try:
+        binding.load()
+    except MissingBinding as error:
+        return f"{error}: {error.hint}"
+    return ""
+
+
 PROBES: dict[str, Callable[[], str]] = {
     "root": _root,
     "netns": _netns,
@@ -94,6 +110,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "sshd": _command("sshd", "openssh-server"),
     "promtool": _command("promtool", "prometheus"),
     "zfs": _zfs,
+    "ceph": _ceph,
     "rsync": _command("rsync", "rsync"),
 }
 

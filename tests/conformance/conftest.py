@@ -19,6 +19,7 @@ from tests.conftest import mounted
 from tests.support.cases import BackendCase, MemoryCase
 from tests.support.endpoint_cases import EndpointCase, open_endpoint
 from tests.support.image_case import ImageCase
+from tests.support.rbd_case import RbdCase
 from tests.support.zfs_case import ZfsCase
 
 _NUMBERS = itertools.count()
@@ -28,6 +29,7 @@ BLOCK_STORAGES = [
     "image-plain",
     pytest.param("image-xfs", marks=pytest.mark.tier("xfs")),
     pytest.param("image-btrfs", marks=pytest.mark.tier("btrfs")),
+    pytest.param("rbd", marks=pytest.mark.tier("ceph")),
 ]
 NATIVE_STORAGES = [pytest.param("zfs", marks=pytest.mark.tier("zfs"))]
 
@@ -78,6 +80,8 @@ def make_case(kind: str, request: pytest.FixtureRequest) -> BackendCase:
         return MemoryCase()
     if kind == "zfs":
         return ZfsCase()
+    if kind == "rbd":
+        return RbdCase(request.getfixturevalue("ceph").conf)
     shared = {"image-xfs": "shared_xfs", "image-btrfs": "shared_btrfs"}.get(kind, "tmp_path")
     folder: Path = request.getfixturevalue(shared) / f"store-{next(_NUMBERS)}"
     folder.mkdir()
@@ -92,11 +96,20 @@ def case(request: pytest.FixtureRequest) -> Iterator[BackendCase]:
     made.close()
 
 
-@pytest.fixture(params=["local-memory", "local-image-plain", "remote-memory", "remote-image-plain"])
+@pytest.fixture(
+    params=[
+        "local-memory",
+        "local-image-plain",
+        "remote-memory",
+        "remote-image-plain",
+        pytest.param("local-rbd", marks=pytest.mark.tier("ceph")),
+        pytest.param("remote-rbd", marks=pytest.mark.tier("ceph")),
+    ]
+)
 def near_or_far(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EndpointCase]:
     """An endpoint of node ``one``, on this node and over a connection, over storages of two kinds."""
     where, kind = request.param.split("-", 1)
     storage = make_case(kind, request)
     with open_endpoint(storage, where == "remote", tmp_path / "cluster") as case:
         yield case
-    storage.backend.close()
+    storage.close()
