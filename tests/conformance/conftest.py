@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from replicator.model import StreamKind
 from tests import tiers
@@ -31,12 +32,20 @@ BLOCK_STORAGES = [
     pytest.param("image-btrfs", marks=pytest.mark.tier("btrfs")),
     pytest.param("rbd", marks=pytest.mark.tier("ceph")),
 ]
+PLACES = ("local", "remote")
+ENDPOINT_STORAGES = [
+    pytest.param("memory"),
+    pytest.param("image-plain"),
+    pytest.param("rbd", marks=pytest.mark.tier("ceph")),
+]
+"""Of streams of blocks: one of a kind, as what is between a storage and its user is the same for all."""
 NATIVE_STORAGES = [pytest.param("zfs", marks=pytest.mark.tier("zfs"))]
 
 # Without a storage of native streams here there is nothing to run them on; `make lab` runs them where there is.
 _NATIVE_FILES = [
     "test_backend_native.py",
     "test_backend_trees.py",
+    "test_endpoint_native.py",
     "test_zfs_library.py",
     "test_zfs_verification.py",
     "test_zfs_volumes.py",
@@ -45,15 +54,24 @@ collect_ignore = _NATIVE_FILES if tiers.missing("zfs") else []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" not in metafunc.fixturenames:
-        return
     streams = getattr(metafunc.module, "STREAMS", list(StreamKind))
     native = NATIVE_STORAGES if not tiers.missing("zfs") else []
-    storages = [
-        *(BLOCK_STORAGES if StreamKind.BLOCKS in streams else []),
-        *(native if StreamKind.NATIVE in streams else []),
-    ]
-    metafunc.parametrize("case", storages, indirect=True)
+    if "near_or_far" in metafunc.fixturenames:
+        found = [
+            *(ENDPOINT_STORAGES if StreamKind.BLOCKS in streams else []),
+            *(native if StreamKind.NATIVE in streams else []),
+        ]
+        metafunc.parametrize("near_or_far", [_at(where, each) for where in PLACES for each in found], indirect=True)
+    elif "case" in metafunc.fixturenames:
+        storages = [
+            *(BLOCK_STORAGES if StreamKind.BLOCKS in streams else []),
+            *(native if StreamKind.NATIVE in streams else []),
+        ]
+        metafunc.parametrize("case", storages, indirect=True)
+
+
+def _at(where: str, storage: ParameterSet) -> ParameterSet:
+    return pytest.param(f"{where}-{storage.values[0]}", marks=storage.marks)
 
 
 @pytest.fixture(scope="session")
@@ -96,16 +114,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[BackendCase]:
     made.close()
 
 
-@pytest.fixture(
-    params=[
-        "local-memory",
-        "local-image-plain",
-        "remote-memory",
-        "remote-image-plain",
-        pytest.param("local-rbd", marks=pytest.mark.tier("ceph")),
-        pytest.param("remote-rbd", marks=pytest.mark.tier("ceph")),
-    ]
-)
+@pytest.fixture
 def near_or_far(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EndpointCase]:
     """An endpoint of node ``one``, on this node and over a connection, over storages of two kinds."""
     where, kind = request.param.split("-", 1)

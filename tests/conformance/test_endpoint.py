@@ -47,6 +47,11 @@ def case(near_or_far: EndpointCase) -> EndpointCase:
     return near_or_far
 
 
+def little(case: EndpointCase) -> bytes:
+    """As little data as a volume can have."""
+    return b"x".ljust(case.storage.unit, b"x")
+
+
 def take(case: EndpointCase, name: str = "one", volume: VolumeId = SOURCE) -> Version:
     (taken,) = case.endpoint.snapshot(SnapshotRequest((volume,), name))
     return taken.get()
@@ -76,7 +81,7 @@ def test_storages(case: EndpointCase) -> None:
 
 
 def test_volumes(case: EndpointCase) -> None:
-    case.storage.create("two/other", b"x")
+    case.storage.create("two/other", little(case))
     assert case.endpoint.volumes("store") == case.local.volumes("store")
     assert [v.id.name for v in case.endpoint.volumes("store")] == ["two/other", "vm"]
     with pytest.raises(StorageUnavailable):
@@ -97,7 +102,7 @@ def test_states(case: EndpointCase) -> None:
 def test_many_versions(case: EndpointCase) -> None:
     """More than fits one frame of any sane size, where a snapshot is not a file of its own."""
     many = 3000 if case.storage.backend.kind == "memory" else 40
-    case.storage.resize("vm", 512)
+    case.storage.resize("vm", max(512, case.storage.unit))
     for number in range(many):
         case.storage.backend.snapshot(("vm",), f"{number:05d}-{'x' * 150}")
     assert case.endpoint.state(SOURCE) == case.local.state(SOURCE)
@@ -176,11 +181,11 @@ def test_a_replica_or_nothing_is_no_source(case: EndpointCase) -> None:
 
 
 def test_snapshots(case: EndpointCase) -> None:
-    case.storage.create("other", b"x")
+    case.storage.create("other", little(case))
     other = VolumeId("store", "other")
     taken = case.endpoint.snapshot(SnapshotRequest((SOURCE, other), "one"))
     made = tuple(each.get() for each in taken)
-    assert [v.size for v in made] == [SIZE, 1]
+    assert [v.size for v in made] == [SIZE, case.storage.unit]
     assert case.endpoint.snapshot(SnapshotRequest((other, SOURCE), "one")) == (taken[1], taken[0])
     assert (versions(case), versions(case, other)) == (made[:1], made[1:])
     assert case.endpoint.snapshot(SnapshotRequest((), "one")) == ()

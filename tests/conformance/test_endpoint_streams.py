@@ -44,6 +44,7 @@ from tests.support.blocks import (
 from tests.support.cases import MemoryCase
 from tests.support.endpoint_cases import REPLICA, SOURCE, EndpointCase
 
+STREAMS = [StreamKind.BLOCKS]
 SIZE = 3 * CHUNK_SIZE + 5 * BLOCK_SIZE
 DATA = changed(pattern(SIZE), [(CHUNK_SIZE, CHUNK_SIZE)])
 PRIMARY = Lineage("6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00", Role.PRIMARY, 3)
