@@ -116,7 +116,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[BackendCase]:
 
 @pytest.fixture
 def near_or_far(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EndpointCase]:
-    """An endpoint of node ``one``, on this node and over a connection, over storages of two kinds."""
+    """An endpoint of node ``one``, on this node and over a connection, over a storage of each kind."""
     where, kind = request.param.split("-", 1)
     storage = make_case(kind, request)
     with open_endpoint(storage, where == "remote", tmp_path / "cluster") as case:
