@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
 from replicator.cancellation import Cancellation
+from replicator.diff_format import Piece
 from replicator.endpoint import (
     DigestBatch,
     DigestRequest,
@@ -255,3 +257,13 @@ class Inspectable(Protocol):
 
     def scrub(self, request: ScrubRequest) -> Scrub:
         """See :meth:`replicator.endpoint.Endpoint.scrub`."""
+
+
+@runtime_checkable
+class DiffSource(Protocol):
+    """A storage of block streams that tells of changes in records of its own, as ``rbd export-diff`` writes them."""
+
+    def diff(
+        self, volume: str, base: VersionRef | None, to: VersionRef, cancel: Cancellation
+    ) -> AbstractContextManager[Iterator[Piece]]:
+        """See :meth:`replicator.local.LocalEndpoint.diff`."""

@@ -6,6 +6,7 @@ time, lineage rules are enforced, retention is decided. Backends know only their
 
 from __future__ import annotations
 
+import secrets
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, tzinfo
 
-from backends.base import Backend, Inspectable
+from backends.base import Backend, DiffSource, Inspectable
 from replicator import names, retention
 from replicator.cancellation import Cancellation
+from replicator.diff_format import Piece
+from replicator.diff_streams import pieces_of
 from replicator.endpoint import (
     DigestBatch,
     DigestRequest,
@@ -59,7 +62,7 @@ from replicator.model import (
     VolumeState,
 )
 from replicator.roles import check_may_receive, stale_epoch
-from replicator.streams import Stream
+from replicator.streams import KEY_SIZE, Stream
 
 
 class VolumeLocks:
@@ -279,6 +282,24 @@ class LocalEndpoint:
     def send(self, request: SendRequest, cancel: Cancellation) -> Stream:
         """See :class:`~replicator.endpoint.Endpoint`."""
         return self._of(request.volume).send(request, cancel)
+
+    @contextmanager
+    def diff(
+        self, volume: VolumeId, base: VersionRef | None, to: VersionRef, cancel: Cancellation
+    ) -> Iterator[Iterator[Piece]]:
+        """The difference between two snapshots of this node in records: those that the storage tells of, or else the
+        extents of its block stream.
+
+        :raises NoSuchSnapshot: base or to is gone
+        :raises Unsupported: a storage of native streams; or one that cannot tell
+        """
+        backend = self._of(volume)
+        if isinstance(backend, DiffSource):
+            with backend.diff(volume.name, base, to, cancel) as pieces:
+                yield pieces
+            return
+        with backend.send(SendRequest(volume, base, to, secrets.token_hex(KEY_SIZE)), cancel) as stream:
+            yield pieces_of(stream)
 
     def digests(self, request: DigestRequest, cancel: Cancellation) -> Iterator[DigestBatch]:
         """See :class:`~replicator.endpoint.Endpoint`."""

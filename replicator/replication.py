@@ -152,6 +152,18 @@ class Volumes:
             self._listed.clear()
 
 
+class Way(Protocol):
+    """What is moved, and where to; a :class:`Pair` is one."""
+
+    @property
+    def source_volume(self) -> VolumeId:
+        """What is read."""
+
+    @property
+    def target_text(self) -> str:
+        """Where it goes, as people name it."""
+
+
 class Meter:
     """Counts a stream, tells the observer at most a few times a second, holds it back, and stops it on request."""
 
@@ -161,7 +173,7 @@ class Meter:
 
     def __init__(
         self,
-        pair: Pair,
+        pair: Way,
         step: str,
         *,
         total: int | None,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 
 from backends.base import OneByOne
-from backends.rbd import binding, catalog, health, records, replica, snapshotting, source
+from backends.rbd import binding, catalog, exporting, health, records, replica, snapshotting, source
 from backends.rbd.binding import Binding, Image
 from backends.rbd.catalog import Catalog, now_utc, read_catalog
 from backends.rbd.changes import head_changed
@@ -19,6 +20,7 @@ from backends.rbd.naming import HIDDEN, Naming, Place, encode
 from replicator import names
 from replicator.cancellation import Cancellation
 from replicator.checksums import Checksums
+from replicator.diff_format import Piece
 from replicator.endpoint import DigestBatch, DigestRequest, Head, ReceiveRequest, SendRequest
 from replicator.errors import DamagedData, InvalidName, NoSuchVolume, Unsupported
 from replicator.model import (
@@ -275,6 +277,12 @@ class RbdBackend(OneByOne):
     def send(self, request: SendRequest, cancel: Cancellation) -> Stream:
         """See :class:`~backends.base.Backend`."""
         return source.open_stream(self._context, request, cancel)
+
+    def diff(
+        self, volume: str, base: VersionRef | None, to: VersionRef, cancel: Cancellation
+    ) -> AbstractContextManager[Iterator[Piece]]:
+        """See :class:`~backends.base.DiffSource`."""
+        return exporting.open_diff(self._context, volume, base, to, cancel)
 
     def receive(self, request: ReceiveRequest, stream: Stream, cancel: Cancellation) -> Version:
         """See :class:`~backends.base.Backend`."""
