@@ -195,7 +195,7 @@ def test_help_lists_every_verb() -> None:
     assert len(set(names)) == len(names)
     assert {
         "init", "cluster", "check", "serve", "status", "plan", "sync", "resync", "verify", "snapshots", "prune",
-        "history", "pause", "resume", "restore", "demo",
+        "history", "pause", "resume", "restore", "export", "import", "demo",
     } == set(names)  # fmt: skip
 
 
