@@ -183,7 +183,7 @@ class NewFile:
             os.fsync(self.fd)
             check_new(self.path)
             self._partial.rename(self.path)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         except OSError as error:
             raise told(error, f"writing {self.path}") from error
         self._close()
@@ -200,10 +200,11 @@ class NewFile:
         os.close(self.fd)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where its file system can."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with suppress(OSError):  # not every file system has that
+        with suppress(OSError):
             os.fsync(fd)
     finally:
         os.close(fd)

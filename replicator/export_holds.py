@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from replicator import logs
-from replicator.byte_channels import told
+from replicator.byte_channels import sync_folder, told
 from replicator.endpoint import Endpoint
 from replicator.errors import ReplicatorError
 from replicator.model import SNAPSHOT_PREFIX, VersionRef, VolumeId
@@ -72,6 +72,7 @@ class ExportHolds:
             os.write(fd, text)
             os.fsync(fd)
             hidden.rename(path)
+            sync_folder(self._folder)
         except OSError as error:
             raise told(error, f"writing {path}") from error
         return fd
