@@ -224,6 +224,16 @@ def test_those_of_a_replica_are_too(site: Site) -> None:
         assert site.content(site.pool, "left", to) == site.content(site.pool, "vm", to)
 
 
+def test_a_base_that_was_rebuilt_later_is_none(site: Site) -> None:
+    site.pool.create("vm", bytes(1 << 20))
+    one, _ = (site.pool.backend.snapshot(("vm",), name)[0] for name in ("one", "two"))
+    site.pool.damage("vm", one, 0, b"x")
+    refused = site.run("export", "pool:vm", "--from", "one", "--to", "two", code=1)
+    assert (refused.stdout[:11], site.held(site.pool, "vm")) == (b"", [])
+    assert b"without --from" in refused.stderr
+    assert site.run("export", "pool:vm", "--to", "two").stdout == site.export_diff(site.pool, "vm", None, "two")
+
+
 # -- in both directions
 
 
