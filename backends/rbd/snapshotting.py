@@ -66,7 +66,9 @@ def set_aside(context: Context, volume: str, name: str) -> VersionRef | None:
             return None
         doing = "keeping its own data aside"
         with (
-            writing(session, place.namespace, identity, context.label(volume), doing, context.lease, Cancellation()),
+            writing(
+                session, place.namespace, identity, context.label(volume), doing, context.lease, Cancellation()
+            ) as held,
             context.opened(session, volume, read_only=False) as (image, catalog),
             session.image(place) as looking,
         ):
@@ -76,6 +78,7 @@ def set_aside(context: Context, volume: str, name: str) -> VersionRef | None:
                 kept = _take(session, image, catalog, catalog.free_name(name)).ref
             lineage = catalog.lineage
             if lineage is not None and lineage.role is not Role.REPLICA:
+                held.check()
                 demoted = Lineage(lineage.uuid, Role.REPLICA, lineage.epoch)
                 image.metadata_set(records.LINEAGE, records.encode_lineage(demoted, catalog.image))
             return kept
