@@ -71,15 +71,24 @@ def lock_object(image: str) -> str:
 
 @contextmanager
 def writing(
-    session: Session, namespace: str, image: str, label: str, doing: str, lease: Lease, cancel: Cancellation
+    session: Session,
+    namespace: str,
+    image: str,
+    label: str,
+    doing: str,
+    lease: Lease,
+    cancel: Cancellation,
+    *,
+    pool: int | None = None,
 ) -> Iterator[Held]:
     """Be the only writer of an image. Gives a cancellation for the work: ``cancel``, or the loss of the lease.
 
     :param image: its id
     :param label: the volume, for messages
+    :param pool: the number of its pool, where that is not the session's
     :raises VolumeBusy: another one writes
     """
-    holder = _Holder(session, namespace, lock_object(image), lease)
+    holder = _Holder(session, namespace, lock_object(image), lease, pool)
     holder.take(label, doing)
     try:
         with cancel.child() as part:
@@ -93,17 +102,18 @@ def writing(
 class _Holder:
     """One taking of a lock."""
 
-    def __init__(self, session: Session, namespace: str, key: str, lease: Lease) -> None:
+    def __init__(self, session: Session, namespace: str, key: str, lease: Lease, pool: int | None) -> None:
         self._session = session
         self._namespace = namespace
         self._key = key
+        self._pool = pool
         self._lease = lease
         self._cookie = uuid.uuid4().hex
         self._since = 0.0  # when what it has now was asked for: the lease began then or later
 
     def take(self, label: str, doing: str) -> None:
         self._since = time.monotonic()
-        with self._session.ioctx(self._namespace) as ioctx:
+        with self._session.ioctx(self._namespace, self._pool) as ioctx:
             try:
                 ioctx.lock_exclusive(self._key, _NAME, self._cookie, doing[:_MAX_DESCRIPTION], self._lease.duration)
             except self._session.binding.errors as error:
@@ -117,7 +127,7 @@ class _Holder:
             ioctx.write_full(self._key, who.encode()[:_MAX_DESCRIPTION])
 
     def _description(self) -> str:
-        with self._session.ioctx(self._namespace) as ioctx:
+        with self._session.ioctx(self._namespace, self._pool) as ioctx:
             try:
                 found = ioctx.read(self._key, _MAX_DESCRIPTION).decode(errors="backslashreplace")
             except self._session.binding.errors:
@@ -146,7 +156,7 @@ class _Holder:
         while not stop.wait(self._lease.renewal):
             asked = time.monotonic()
             try:
-                with self._session.ioctx(self._namespace) as ioctx:
+                with self._session.ioctx(self._namespace, self._pool) as ioctx:
                     ioctx.lock_exclusive(self._key, _NAME, self._cookie, "", self._lease.duration, flags=_MUST_RENEW)
             except self._session.binding.errors as error:
                 lost.cancel(_lost(label, str(error)))
@@ -166,7 +176,7 @@ class _Holder:
     def give_back(self) -> None:
         """Remove the object, and the lock with it, in one step, and only while it is ours."""
         try:
-            with self._session.ioctx(self._namespace) as ioctx:
+            with self._session.ioctx(self._namespace, self._pool) as ioctx:
                 op = ioctx.create_write_op()
                 try:
                     op.execute("lock", "assert_locked", _assertion(self._cookie))

@@ -31,7 +31,7 @@ class FakeCluster:
         self.errors = (FakeError,)
 
     @contextmanager
-    def ioctx(self, _namespace: str) -> Iterator[Any]:
+    def ioctx(self, _namespace: str, _pool: int | None) -> Iterator[Any]:
         yield self
 
     def lock_exclusive(self, *_arguments: Any, flags: int = 0) -> None:
