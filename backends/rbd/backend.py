@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 
 from backends.base import Backend, OneByOne
-from backends.rbd import binding, catalog, health, records, replica, snapshotting, source, together
+from backends.rbd import binding, catalog, health, records, replica, snapshotting, source, target, together
 from backends.rbd.binding import Binding, Image
 from backends.rbd.catalog import Catalog, now_utc, read_catalog
 from backends.rbd.changes import head_changed
@@ -321,6 +321,10 @@ class RbdBackend(OneByOne):
     def rename(self, volume: str, _new: str) -> None:
         """Not declared, so not asked for."""
         raise Unsupported(f"image {volume} cannot be renamed", hint="`rbd rename` it while nothing uses it")
+
+    def remove(self, volume: str) -> None:
+        """See :class:`~backends.base.Backend`."""
+        target.remove_replica(self._context, volume)
 
     def properties(self, _volume: str) -> tuple[Property, ...]:
         """None that replicas take over."""

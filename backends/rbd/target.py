@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from backends.base import not_removable
 from backends.rbd import records
 from backends.rbd.binding import Image
 from backends.rbd.catalog import Catalog, Snapshot, mark_head, read_catalog, remove_key, tidy, unmark_head
@@ -51,6 +52,31 @@ def writable(
             image.lock_acquire(rbd.RBD_LOCK_MODE_EXCLUSIVE)
         tidy(session, image, read_catalog(session, image, label))
         yield Target(session, place, label, image, held)
+
+
+def remove_replica(context: Context, volume: str) -> None:
+    """See :meth:`backends.base.Backend.remove`."""
+    place, label, doing = context.naming.place(volume), context.label(volume), "removing it"
+    with context.session(f"removing {volume}") as session:
+        remove_leftover(context, session, place.arriving, label, doing)
+        identity = image_id(session, place)
+        if identity is None:
+            return
+        with writing(session, place.namespace, identity, label, doing, context.lease, Cancellation()) as held:
+            with session.image(place, read_only=False) as image:
+                refuse_users(session, image, label)
+                found = read_catalog(session, image, label)
+                if not found.is_replica or found.snapshots:
+                    raise not_removable(label, found.lineage)
+                tidy(session, image, found)
+                unmark_head(image, read_catalog(session, image, label))
+                if any(True for _ in image.list_snaps()):
+                    raise VolumeBusy(
+                        f"{label} has snapshots of a group, of mirroring or with clones, so it is not removed",
+                        hint="`rbd snap ls --all` and `rbd children --all` show them",
+                    )
+            held.check()
+            remove_image(session, place)
 
 
 class Target:
