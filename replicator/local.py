@@ -37,7 +37,6 @@ from replicator.errors import (
     ConflictError,
     NoSuchVolume,
     NotAReplica,
-    NotAuthorized,
     NotReadable,
     ReplicatorError,
     SnapshotHeld,
@@ -45,7 +44,6 @@ from replicator.errors import (
     Unsupported,
     UsageError,
     VolumeBusy,
-    VolumeChanged,
 )
 from replicator.model import (
     Capability,
@@ -61,6 +59,7 @@ from replicator.model import (
     VolumeInfo,
     VolumeState,
 )
+from replicator.removing import check_removable, keeps_a_minimum
 from replicator.roles import check_may_receive, stale_epoch
 from replicator.streams import Stream
 
@@ -476,7 +475,9 @@ class LocalEndpoint:
             state = backend.state(volume.name)
             if state is None:
                 return
-            self._check_removable(request, state)
+            check_removable(request, state, self._node)
+            if self._view is not None and self._view.keep:
+                raise keeps_a_minimum(volume, self._node, self._view.peer, self._view.keep)
             for version in state.versions:
                 for tag in version.holds:
                     backend.release(volume.name, version.ref, tag)
@@ -484,36 +485,6 @@ class LocalEndpoint:
             for error in failed.values():
                 raise error
             backend.remove(volume.name)
-
-    def _check_removable(self, request: RemoveRequest, state: VolumeState) -> None:
-        """That this is what was asked for, and nobody else's."""
-        volume, lineage = request.volume, state.lineage
-        if lineage is None or lineage.role is not Role.REPLICA or lineage != request.lineage:
-            raise NotAReplica(
-                f"volume {volume} of node {self._node} is not that replica (any more), so it is not removed",
-                hint="`replicator status` shows what it is",
-            )
-        unknown = [version.name for version in state.versions if version.guid not in request.versions]
-        if unknown or state.head_changed:
-            what = f"a snapshot {unknown[0]}" if unknown else "live data that no snapshot has"
-            raise VolumeChanged(
-                f"{volume} of node {self._node} has {what} by now, so it is not removed", hint="look again"
-            )
-        for version in state.versions:
-            for tag in version.holds:
-                parsed = HoldTag.parse(tag)
-                of_job = HoldTag(request.job, self._node, volume.storage)
-                if parsed != of_job:
-                    raise SnapshotHeld(
-                        f"snapshot {version.name} of {volume} on {self._node} is held by {tag}",
-                        hint="wait until what holds it has released it",
-                    )
-        if self._view is not None and self._view.keep:
-            raise NotAuthorized(
-                f"node {self._node} keeps the least of {self._view.keep} of the replicas of node {self._view.peer}, so "
-                f"{volume} is not removed",
-                hint=f"remove it by hand on {self._node}, or take `keep` out of [peer.{self._view.peer}] there",
-            )
 
     def _of_another(self, request: PruneRequest, state: VolumeState) -> str:
         """Why the snapshots of that job are not the peer's to prune; "" where they are. Snapshots have the names of

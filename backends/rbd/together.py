@@ -12,6 +12,9 @@ clones and shows no name of ours. So of each image another snapshot is taken jus
    differences are told from (``changes.py``);
 5. the group forgets the snapshot, so that it is the image's alone, and the images leave it (``grouping.py``).
 
+A client that hangs with an image's lock has it taken away after half a minute, as by any snapshot of that image; the
+writers of the other images do not wait for that.
+
 Who is cut off leaves a group with members in it: the next one finds it, and removes all that is not a version.
 An image that is in a group of somebody else can be in no other: then that group is snapshotted, and what its other
 images got by that is removed at once. Images without exclusive lock cannot be kept waiting, and images of different

@@ -21,7 +21,7 @@ from backends.rbd.cluster import Connection
 from backends.rbd.grouping import GROUP
 from backends.rbd.naming import HIDDEN
 from replicator.cancellation import Cancellation
-from replicator.endpoint import SendRequest
+from replicator.endpoint import SendRequest, Taken
 from replicator.errors import NoSuchVolume, SnapshotHeld, StorageError, Unsupported
 from replicator.model import Capability, Lineage, Role, Version, VolumeId, VolumeState
 from tests.conformance.replicas import DATA, TAG
@@ -382,6 +382,45 @@ def test_two_pools(case: RbdCase, ceph: Cluster) -> None:
     assert [str(each.volume) for each in taken] == ["store:a", "store:b", "other:c"]
     assert state_of(other, "c").versions == (taken[2].get(),)
     other.close()
+
+
+def test_two_at_once(case: RbdCase, ceph: Cluster) -> None:
+    """Two nodes, or two jobs: one waits for the other, and each has an instant of its own."""
+    make(case)
+    found: dict[str, tuple[Taken, ...]] = {}
+    others = [case.open() for _ in range(3)]
+
+    def work(number: int) -> None:
+        backend = others[number]
+        found[f"s{number}"] = backend.snapshot_each([(backend, VOLUMES)], f"s{number}")
+
+    with Writer(case).writing():
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(200)
+    assert sorted(found) == ["s0", "s1", "s2"]
+    for taken in found.values():
+        values = numbers(case, {each.volume.name: each.get() for each in taken})
+        assert in_order(values), values
+    assert clean(case, ceph)
+    for backend in others:
+        assert backend.info().warnings == ()
+        backend.close()
+
+
+def test_the_documented_rights_are_enough(case: RbdCase, ceph: Cluster) -> None:
+    make(case)
+    keyring = ceph.user(
+        "grouper", mon="profile rbd", osd=f"profile rbd pool={case.pool}", mgr=f"profile rbd pool={case.pool}"
+    )
+    backend = case.open(case.where("grouper", keyring))
+    taken = backend.snapshot_each([(backend, VOLUMES)], "one")
+    assert [each.error for each in taken] == [None] * 3
+    assert backend.info().warnings == ()
+    backend.close()
+    assert clean(case, ceph)
 
 
 # -- cut off
