@@ -137,7 +137,7 @@ def test_all_snapshots_are_of_one_instant(case: RbdCase, ceph: Cluster) -> None:
     make(case)
     grouped = 0
     with Writer(case).writing():
-        for number in range(15):
+        for number in range(8):
             found = numbers(case, take(case, f"s{number}"))
             assert in_order(found), found
     for volume in VOLUMES:
@@ -153,7 +153,7 @@ def test_one_by_one_they_are_not(ceph: Cluster) -> None:
     assert Capability.ATOMIC_GROUP not in case.backend.info().capabilities
     make(case)
     with Writer(case).writing():
-        found = [numbers(case, take(case, f"s{number}")) for number in range(15)]
+        found = [numbers(case, take(case, f"s{number}")) for number in range(8)]
     assert not all(in_order(each) for each in found)
     case.close()
 
@@ -292,7 +292,7 @@ def test_random_changes(case: RbdCase, ceph: Cluster, soak: bool) -> None:
                     image.discard(offset, length)
 
     taken: list[Version] = []
-    for number in range(60 if soak else 8):
+    for number in range(60 if soak else 6):
         with written_between(case, "a", *((random_source.randrange(12 << 20), b"w") for _ in range(number % 3))):
             taken.append(take(case, f"s{number}", volumes)["a"])
         change()
@@ -522,7 +522,7 @@ def test_killed_while_it_takes_them(case: RbdCase, ceph: Cluster, soak: bool) ->
     old = take(case, "old")
     moments = random.Random(7)
     with Writer(case).writing():
-        for number in range(20 if soak else 3):
+        for number in range(20 if soak else 2):
             argv = [sys.executable, "-c", WORKER, str(case.conf), str(case.namespace), f"k{number}"]
             with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as worker:
                 assert worker.stdout is not None
