@@ -60,6 +60,8 @@ http = {http}
 #conffile = "/etc/ceph/ceph.conf"
 #user = "admin"
 #keyring = "/etc/ceph/ceph.client.admin.keyring"
+# "together": the snapshots of a run are of one instant, through an RBD group.
+#snapshots = "each"
 
 # Another node: one table each. It joins with: replicator cluster invite NODE
 #[peer.{peer}]

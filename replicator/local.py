@@ -28,6 +28,7 @@ from replicator.endpoint import (
     PruneRequest,
     ReceiveMode,
     ReceiveRequest,
+    RemoveRequest,
     Scrub,
     ScrubRequest,
     SendRequest,
@@ -61,6 +62,7 @@ from replicator.model import (
     VolumeInfo,
     VolumeState,
 )
+from replicator.removing import check_removable, keeps_a_minimum
 from replicator.roles import check_may_receive, stale_epoch
 from replicator.streams import KEY_SIZE, Stream
 
@@ -484,6 +486,26 @@ class LocalEndpoint:
         except ReplicatorError as error:
             failed = dict.fromkeys(going, error)
         return tuple(_after(outcome, failed.get(outcome.version.ref)) for outcome in outcomes)
+
+    def remove(self, request: RemoveRequest) -> None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        volume = request.volume
+        backend = self._of(volume)
+        with self._locks.writing(volume, "removing it"):
+            self._check_changeable(volume)
+            state = backend.state(volume.name)
+            if state is None:
+                return
+            check_removable(request, state, self._node)
+            if self._view is not None and self._view.keep:
+                raise keeps_a_minimum(volume, self._node, self._view.peer, self._view.keep)
+            for version in state.versions:
+                for tag in version.holds:
+                    backend.release(volume.name, version.ref, tag)
+            failed = backend.destroy_all(volume.name, [version.ref for version in state.versions])
+            for error in failed.values():
+                raise error
+            backend.remove(volume.name)
 
     def _of_another(self, request: PruneRequest, state: VolumeState) -> str:
         """Why the snapshots of that job are not the peer's to prune; "" where they are. Snapshots have the names of

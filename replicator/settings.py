@@ -118,6 +118,7 @@ class RbdStorage(Table):
     conffile: AbsolutePath = Field(Path("/etc/ceph/ceph.conf"), description='write for example "/etc/ceph/ceph.conf"')
     user: Word = Field("admin", description='write the user without "client.", for example "admin"')
     keyring: AbsolutePath | None = Field(None, description='write for example "/etc/ceph/ceph.client.admin.keyring"')
+    snapshots: Literal["each", "together"] = Field("each", description='write "each" or "together"')
 
 
 Storage = ImageStorage | ZfsStorage | RbdStorage

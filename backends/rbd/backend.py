@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 
-from backends.base import OneByOne
-from backends.rbd import binding, catalog, exporting, health, records, replica, snapshotting, source
+from backends.base import Backend, OneByOne
+from backends.rbd import binding, catalog, exporting, health, records, replica, snapshotting, source, target, together
 from backends.rbd.binding import Binding, Image
 from backends.rbd.catalog import Catalog, now_utc, read_catalog
 from backends.rbd.changes import head_changed
@@ -21,7 +21,7 @@ from replicator import names
 from replicator.cancellation import Cancellation
 from replicator.checksums import Checksums
 from replicator.diff_format import Piece
-from replicator.endpoint import DigestBatch, DigestRequest, Head, ReceiveRequest, SendRequest
+from replicator.endpoint import DigestBatch, DigestRequest, Head, ReceiveRequest, SendRequest, Taken
 from replicator.errors import DamagedData, InvalidName, NoSuchVolume, Unsupported
 from replicator.model import (
     Capability,
@@ -41,7 +41,7 @@ from replicator.streams import Stream
 CAPABILITIES = Capability.SEND | Capability.RECEIVE | Capability.DIGESTS | Capability.ATOMIC_SNAPSHOT | Capability.CLONE
 _MAX_WARNINGS = 20
 WARNINGS_AGE = 60.0
-"""Seconds."""
+"""Seconds for which ``info`` may repeat what it found wrong with images."""
 
 
 class RbdBackend(OneByOne):
@@ -50,14 +50,13 @@ class RbdBackend(OneByOne):
     :param where: pool, cluster and user; the cluster may come and go
     :param namespace: the one namespace that it is about; None: all of the pool
     :param checksums: the checksum path (``transport.checksum``)
+    :param grouped: snapshots of one run are taken at one instant, through an RBD group
     :param lease: of the lock that keeps two nodes from writing one image
-    :param warnings_age: seconds for which ``info`` may repeat what it found wrong with images
     :param load: the bindings of Ceph, when they are first needed
     """
 
     kind = "rbd"
     stream = StreamKind.BLOCKS
-    capabilities = CAPABILITIES
 
     def __init__(
         self,
@@ -66,17 +65,19 @@ class RbdBackend(OneByOne):
         *,
         namespace: str | None = None,
         checksums: Checksums,
+        grouped: bool = False,
         lease: Lease | None = None,
         clock: Callable[[], datetime] = now_utc,
-        warnings_age: float = WARNINGS_AGE,
         load: Callable[[], Binding] = binding.load,
     ) -> None:
         self.name = names.check_word("storage name", name)
+        self.capabilities = CAPABILITIES | (Capability.ATOMIC_GROUP if grouped else Capability.NONE)
+        self._grouped = grouped
+        self._apart: tuple[str, ...] = ()
         self._where = where
         self._naming = Naming(None if namespace is None else encode(namespace))
         self._connection = Connection(name, where, load)
         self._context = Context(name, self._naming, self._connection, checksums, lease or Lease(), clock)
-        self._warnings_age = warnings_age
         self._warnings_lock = threading.Lock()
         self._warnings: tuple[float, tuple[str, ...]] | None = None
 
@@ -85,12 +86,17 @@ class RbdBackend(OneByOne):
         with self._context.session("looking at the storage") as session:
             room = health.space(session, self._where)
             release = health.version(session)
-            warnings = [*health.cluster_warnings(session), *self._found_warnings(session)]
+            cannot = health.no_groups(session, self._naming.namespace or "") if self._grouped else ""
+            warnings = [*health.cluster_warnings(session), *self._apart, *self._found_warnings(session)]
+        capabilities = self.capabilities
+        if cannot:
+            capabilities &= ~Capability.ATOMIC_GROUP
+            warnings.insert(0, f"{self.name}: snapshots of several images are not of one instant: {cannot}")
         if len(warnings) > _MAX_WARNINGS:
             warnings[_MAX_WARNINGS:] = [f"and {len(warnings) - _MAX_WARNINGS} more warnings"]
         detail = f"Ceph {release}, {self._where}".replace("Ceph ,", "Ceph,")
         return StorageInfo(
-            self.name, self.kind, self.stream, self.capabilities, room.total, room.free, detail, tuple(warnings)
+            self.name, self.kind, self.stream, capabilities, room.total, room.free, detail, tuple(warnings)
         )
 
     def _found_warnings(self, session: Session) -> tuple[str, ...]:
@@ -98,7 +104,7 @@ class RbdBackend(OneByOne):
         found is used again for a while."""
         with self._warnings_lock:
             now = time.monotonic()
-            if self._warnings is None or now - self._warnings[0] >= self._warnings_age:
+            if self._warnings is None or now - self._warnings[0] >= WARNINGS_AGE:
                 found: list[str] = []
                 for _ in self._listing(session, found):
                     pass
@@ -134,6 +140,8 @@ class RbdBackend(OneByOne):
                         warnings.append(f"{label} is left out: {reason}")
                         continue
                     warnings.extend(health.image_warnings(session, image, label))
+                    if self._grouped:
+                        warnings.extend(health.group_warnings(session, image, label))
                     found = read_catalog(session, image, label)
             except DamagedData as error:  # one that is damaged hides no other; whoever asks for it is told
                 warnings.append(str(error))
@@ -261,7 +269,29 @@ class RbdBackend(OneByOne):
     def snapshot(self, volumes: tuple[str, ...], name: str) -> tuple[Version, ...]:
         """See :class:`~backends.base.Backend`."""
         names.check_snapshot(name)
+        if self._grouped and len(volumes) > 1:
+            return tuple(taken.get() for taken in self.snapshot_each([(self, volumes)], name))
         return tuple(snapshotting.take_snapshot(self._context, volume, name) for volume in volumes)
+
+    @property
+    def pool(self) -> str:
+        """See :class:`~backends.base.Backend`. A group is of one cluster and namespace, whatever the pools."""
+        if not self._grouped:
+            return self.name
+        where = self._where
+        place = self._naming.namespace
+        return f"rbd {where.conffile} {where.user} {where.keyring} {'*' if place is None else f'/{place}'}"
+
+    def snapshot_each(self, parts: Sequence[tuple[Backend, tuple[str, ...]]], name: str) -> tuple[Taken, ...]:
+        """See :class:`~backends.base.Backend`. Through one group for all storages of the namespace."""
+        if not self._grouped or sum(len(volumes) for _, volumes in parts) < 2:
+            return super().snapshot_each(parts, name)
+        contexts = [(part._context, volumes) for part, volumes in parts if isinstance(part, RbdBackend)]
+        return together.take_each(contexts, name, self._note_apart)
+
+    def _note_apart(self, why: tuple[str, ...]) -> None:
+        """What ``info`` says until the next time."""
+        self._apart = why
 
     def estimate(
         self,
@@ -299,6 +329,10 @@ class RbdBackend(OneByOne):
     def rename(self, volume: str, _new: str) -> None:
         """Not declared, so not asked for."""
         raise Unsupported(f"image {volume} cannot be renamed", hint="`rbd rename` it while nothing uses it")
+
+    def remove(self, volume: str) -> None:
+        """See :class:`~backends.base.Backend`."""
+        target.remove_replica(self._context, volume)
 
     def properties(self, _volume: str) -> tuple[Property, ...]:
         """None that replicas take over."""

@@ -87,9 +87,9 @@ class Session:
             raise
 
     @contextmanager
-    def ioctx(self, namespace: str) -> Iterator[Ioctx]:
-        """The pool at a namespace."""
-        ioctx = self.rados.open_ioctx(self._where.pool)
+    def ioctx(self, namespace: str, pool: int | None = None) -> Iterator[Ioctx]:
+        """The pool (or another one of this cluster, by its number) at a namespace."""
+        ioctx = self.rados.open_ioctx(self._where.pool) if pool is None else self.rados.open_ioctx2(pool)
         try:
             if namespace:
                 ioctx.set_namespace(namespace)
@@ -98,9 +98,9 @@ class Session:
             ioctx.close()
 
     @contextmanager
-    def image(self, place: Place, *, read_only: bool = True) -> Iterator[Image]:
+    def image(self, place: Place, *, read_only: bool = True, pool: int | None = None) -> Iterator[Image]:
         """An image at its head. Read-only ones are not seen as users of it."""
-        with self.ioctx(place.namespace) as ioctx:
+        with self.ioctx(place.namespace, pool) as ioctx:
             image = self.binding.open_image(ioctx, place.image, read_only=read_only)
             try:
                 yield image

@@ -90,6 +90,30 @@ def image_warnings(session: Session, image: Image, label: str) -> list[str]:
     return []
 
 
+def group_warnings(session: Session, image: Image, label: str) -> list[str]:
+    """What keeps the snapshots of an image from being of one instant with those of others."""
+    if not image.features() & session.binding.rbd.RBD_FEATURE_EXCLUSIVE_LOCK:
+        return [
+            f"{label} has no exclusive lock, so its snapshots are not of one instant with those of other images: "
+            "`rbd feature enable IMAGE exclusive-lock`"
+        ]
+    return []
+
+
+def no_groups(session: Session, namespace: str) -> str:
+    """Why there can be no snapshots through groups; "" where there can."""
+    if not session.binding.has_groups:
+        return "the bindings of Ceph that are installed know no groups"
+    with session.ioctx(namespace) as ioctx:
+        try:
+            session.pool.group_list(ioctx)
+        except session.binding.errors as error:
+            if number(error) not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EACCES):
+                raise
+            return f"the cluster refuses groups ({error})"
+    return ""
+
+
 def lacking(session: Session, where: Where, namespace: str, uses: Capability) -> tuple[Lack, ...]:
     """What the cephx user may not do, found by trying what leaves nothing behind."""
     with session.ioctx(namespace) as ioctx:

@@ -146,10 +146,11 @@ class _Receive:
         if identity is None:
             raise VolumeBusy(f"{self._label} is being made by another replicator", hint="wait until it is done")
         lease = self._context.lease
-        with writing(self._session, place.namespace, identity, self._label, self._doing, lease, Cancellation()):
+        with writing(self._session, place.namespace, identity, self._label, self._doing, lease, Cancellation()) as held:
             with self._session.image(place, read_only=False) as image:
                 refuse_users(self._session, image, self._label)
                 lineage = Lineage(sender.uuid, Role.REPLICA, sender.epoch)
+                held.check()
                 image.metadata_set(records.PARTIAL, self._partial(None, Stage.REVERT).encode(identity))
                 image.metadata_set(records.LINEAGE, records.encode_lineage(lineage, identity))
             with self._session.ioctx(place.namespace) as ioctx:
@@ -169,6 +170,7 @@ class _Receive:
             check_may_receive(volume, VolumeState(volume, None, catalog.versions, mine), sender)
         wanted = Lineage(sender.uuid, Role.REPLICA, sender.epoch)
         if mine != wanted:
+            target.still_ours()
             target.image.metadata_set(records.LINEAGE, records.encode_lineage(wanted, catalog.image))
 
     @staticmethod
@@ -255,6 +257,7 @@ class _Receive:
         """All is written and flushed: make it a version. See the head of this file."""
         to = self._request.to
         catalog = target.read_again()
+        target.still_ours()
         raw = create_snapshot(target.image, catalog.image, f"{HIDDEN}{uuid.uuid4().hex}")
         same = catalog.find(to.ref)
         replaced = same or catalog.named(to.name)
@@ -268,6 +271,7 @@ class _Receive:
             Identity(to.guid, name, to.created, position),
             None if replaced is None else self._aside(catalog, replaced, other=same is None),
         )
+        target.still_ours()
         target.image.metadata_set(records.snapshot_key(raw.id), record.encode(raw.taken))
         found = target.read_again().require(to.ref)
         settle(self._session, target.image, target.catalog, found)

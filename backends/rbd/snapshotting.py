@@ -12,7 +12,7 @@ from backends.rbd.images import make_namespace
 from backends.rbd.locks import writing
 from replicator import names
 from replicator.cancellation import Cancellation
-from replicator.errors import NoSuchVolume, SnapshotExists, VolumeBusy
+from replicator.errors import NoSuchVolume, SnapshotExists, Unsupported, VolumeBusy
 from replicator.model import Lineage, Role, Version, VersionRef
 
 
@@ -29,12 +29,17 @@ def take_snapshot(context: Context, volume: str, name: str) -> Version:
         existing = catalog.named(name)
         if existing is not None:
             return existing.version
-        if catalog.is_replica:
-            raise NoSuchVolume(
-                f"volume {catalog.label} has no live data to snapshot: it is a replica",
-                hint="take snapshots of its primary",
-            )
+        refuse_replica(catalog)
         return _take(session, image, catalog, name)
+
+
+def refuse_replica(catalog: Catalog) -> None:
+    """:raises NoSuchVolume: its head is no live data"""
+    if catalog.is_replica:
+        raise NoSuchVolume(
+            f"volume {catalog.label} has no live data to snapshot: it is a replica",
+            hint="take snapshots of its primary",
+        )
 
 
 def _take(session: Session, image: Image, catalog: Catalog, name: str) -> Version:
@@ -66,7 +71,9 @@ def set_aside(context: Context, volume: str, name: str) -> VersionRef | None:
             return None
         doing = "keeping its own data aside"
         with (
-            writing(session, place.namespace, identity, context.label(volume), doing, context.lease, Cancellation()),
+            writing(
+                session, place.namespace, identity, context.label(volume), doing, context.lease, Cancellation()
+            ) as held,
             context.opened(session, volume, read_only=False) as (image, catalog),
             session.image(place) as looking,
         ):
@@ -76,6 +83,7 @@ def set_aside(context: Context, volume: str, name: str) -> VersionRef | None:
                 kept = _take(session, image, catalog, catalog.free_name(name)).ref
             lineage = catalog.lineage
             if lineage is not None and lineage.role is not Role.REPLICA:
+                held.check()
                 demoted = Lineage(lineage.uuid, Role.REPLICA, lineage.epoch)
                 image.metadata_set(records.LINEAGE, records.encode_lineage(demoted, catalog.image))
             return kept
@@ -97,6 +105,11 @@ def clone_snapshot(context: Context, volume: str, version: VersionRef, new: str)
     with context.session(f"cloning {volume}@{version.name}") as session:
         with context.opened(session, volume) as (image, catalog):
             snapshot = catalog.require(version)
+            if not snapshot.raw.user:
+                raise Unsupported(
+                    f"snapshot {version.name} of {catalog.label} was taken in a group, so RBD makes no clone of it",
+                    hint="it is copied instead",
+                )
             features = image.features() & _kept(session) | int(session.binding.rbd.RBD_FEATURE_LAYERING)
         make_namespace(session, target)
         with session.ioctx(source.namespace) as parent, session.ioctx(target.namespace) as child:

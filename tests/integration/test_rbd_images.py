@@ -373,14 +373,29 @@ def test_a_lock_that_is_not_renewed_is_lost(ceph: Cluster) -> None:
             receive_once_free(case, asked(make_version("two", SIZE)), ())
         with session.ioctx(place.namespace) as ioctx, pytest.raises(session.binding.rados.ObjectNotFound):
             ioctx.stat(lock_object(identity))  # type: ignore[attr-defined]
-        with writing(session, place.namespace, identity, "store:vm", "working", Lease(2, 0.1), cancel) as work:
+        with writing(session, place.namespace, identity, "store:vm", "working", Lease(2, 0.1), cancel) as held:
             with session.ioctx(place.namespace) as ioctx:
                 ioctx.remove_object(lock_object(identity))
-            assert work.wait(30)
+            assert held.work.wait(30)
             with pytest.raises(StorageUnavailable, match="could not be renewed"):
-                work.check()
+                held.work.check()
     assert not cancel.cancelled
     case.close()
+
+
+def test_work_stops_before_its_lease_when_the_cluster_hangs(case: RbdCase, ceph: Cluster) -> None:
+    case.create("vm", DATA)
+    with case.session() as session, case.image("vm", read_only=True) as image:
+        identity, place = image.id(), case.naming.place("vm")
+        lease = Lease(3600, 0.1, patience=2)
+        with writing(session, place.namespace, identity, "store:vm", "working", lease, Cancellation()) as held:
+            ceph.crash("osd")
+            try:
+                assert held.work.wait(50)  # librados itself ends the renewal after 60 s
+            finally:
+                ceph.start("osd")
+            with pytest.raises(StorageUnavailable, match="has not answered for 2 s"):
+                held.check()
 
 
 # -- users and clusters
