@@ -35,56 +35,29 @@ from backends.rbd.receiving import apply_stream
 from backends.rbd.records import Identity, Partial, Replaced, SnapshotRecord, Stage
 from backends.rbd.snapshotting import refuse_users, taken
 from backends.rbd.target import Target, remove_leftover, writable
-from replicator import names
+from backends.requests import check_receive
 from replicator.cancellation import Cancellation
 from replicator.endpoint import ReceiveMode, ReceiveRequest
 from replicator.errors import (
     NoSuchSnapshot,
     SnapshotExists,
     StaleResume,
-    Unsupported,
     UsageError,
     VolumeBusy,
 )
 from replicator.model import DIVERGED_PREFIX, Lineage, Role, StreamKind, Version, VolumeState, format_time
 from replicator.roles import check_may_receive
-from replicator.streams import KEY_SIZE, MAX_VOLUME_SIZE, Stream
+from replicator.streams import Stream
 
 
 def receive(context: Context, request: ReceiveRequest, stream: Stream, cancel: Cancellation) -> Version:
     """See :meth:`replicator.endpoint.Endpoint.receive`."""
-    size = _checked(context, request, stream)
+    size = check_receive(request, stream, context.storage)
     place = context.naming.place(request.volume.name)
     with context.session(f"receiving {request.volume.name}@{request.to.name}") as session:
         if request.mode is ReceiveMode.RESTORE:
             return _Restore(context, session, request, size, place).run(stream, cancel)
         return _Receive(context, session, request, size, place).run(stream, cancel)
-
-
-def _checked(context: Context, request: ReceiveRequest, stream: Stream) -> int:
-    """The size of what comes. :raises ReplicatorError: something about the request cannot be meant"""
-    names.check_snapshot(request.to.name)
-    if request.aside:
-        names.check_snapshot(request.aside)
-    if request.hold:
-        names.check_tag(request.hold)
-    size = request.to.size
-    if size is None or not 0 <= size <= MAX_VOLUME_SIZE:
-        raise UsageError(f"a block stream for {request.volume} comes without a usable size ({size})", hint="")
-    if not 0 < len(request.to.guid) <= records.MAX_GUID:
-        raise UsageError(
-            f"a version of {request.volume} comes with an identity of {len(request.to.guid)} characters", hint=""
-        )
-    if request.kind is not StreamKind.BLOCKS or stream.kind is not StreamKind.BLOCKS:
-        raise Unsupported(
-            f"storage {context.storage} takes block streams, not {stream.kind} streams",
-            hint="choose a target storage of the source's kind",
-        )
-    if request.mode is ReceiveMode.HEAL:
-        raise Unsupported(f"storage {context.storage} cannot heal a snapshot", hint="it can rebuild one")
-    if len(bytes.fromhex(request.key)) != KEY_SIZE:
-        raise UsageError(f"the key of the stream for {request.volume} has not {KEY_SIZE} bytes", hint="")
-    return size
 
 
 def abort_receive(context: Context, volume: str) -> None:
@@ -105,8 +78,11 @@ def abort_receive(context: Context, volume: str) -> None:
                 target.put_back(target.catalog.partial)
 
 
-class _Receive:
-    """One receive of a replica."""
+class _Incoming:
+    """What comes, and where it goes.
+
+    :param place: of the volume
+    """
 
     def __init__(self, context: Context, session: Session, request: ReceiveRequest, size: int, place: Place) -> None:
         self._context = context
@@ -115,8 +91,16 @@ class _Receive:
         self._size = size
         self._place = place
         self._label = context.label(request.volume.name)
-        self._rebuilding = request.mode is ReceiveMode.REBUILD
-        self._doing = f"receiving {request.to.name}"
+        what = "restoring" if request.mode is ReceiveMode.RESTORE else "receiving"
+        self._doing = f"{what} {request.to.name}"
+
+
+class _Receive(_Incoming):
+    """One receive of a replica."""
+
+    @property
+    def _rebuilding(self) -> bool:
+        return self._request.mode is ReceiveMode.REBUILD
 
     def run(self, stream: Stream, cancel: Cancellation) -> Version:
         if self._request.lineage is None:
@@ -286,17 +270,8 @@ class _Receive:
         return Replaced(replaced.raw.id, uuid.uuid4().hex, name, catalog.position_before(version.position))
 
 
-class _Restore:
+class _Restore(_Incoming):
     """One restore: an image that gets its name once it is complete."""
-
-    def __init__(self, context: Context, session: Session, request: ReceiveRequest, size: int, place: Place) -> None:
-        self._context = context
-        self._session = session
-        self._request = request
-        self._size = size
-        self._place = place
-        self._label = context.label(request.volume.name)
-        self._doing = f"restoring {request.to.name}"
 
     def run(self, stream: Stream, cancel: Cancellation) -> Version:
         if exists(self._session, self._place):

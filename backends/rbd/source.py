@@ -12,16 +12,14 @@ from backends.rbd.changes import Diff, compared, find_changes, selected
 from backends.rbd.cluster import Session
 from backends.rbd.context import Context
 from backends.rbd.reading import Reader
+from backends.requests import check_digests, check_offset, opened_stream, resume_offset
 from replicator.cancellation import Cancellation
 from replicator.checksums import Checksums
 from replicator.endpoint import DigestBatch, DigestRequest, SendRequest
-from replicator.errors import NoSuchSnapshot, NoSuchVolume, StaleResume, Unsupported, UsageError
-from replicator.model import StreamKind, VersionKind, VersionRef
-from replicator.prefetch import ahead
-from replicator.streams import BLOCK_SIZE, DIGEST_SIZE, BlockChunk, ChunkStream, Extent, Stream
+from replicator.errors import NoSuchSnapshot, NoSuchVolume, Unsupported
+from replicator.model import VersionKind, VersionRef
+from replicator.streams import BLOCK_SIZE, DIGEST_SIZE, BlockChunk, Extent, Stream
 
-MAX_BLOCK_SIZE = 16 << 20
-MIN_BLOCK_SIZE = 512
 _READ = 1 << 20
 """Bytes read at a time for digests."""
 _BATCH = 16
@@ -102,13 +100,12 @@ def estimate(context: Context, volume: str, base: VersionRef | None, to: Version
 
 def open_stream(context: Context, request: SendRequest, cancel: Cancellation) -> Stream:
     """See :meth:`replicator.endpoint.Endpoint.send`."""
-    start = _start(context, request)
+    start = resume_offset(request)
     name = f"{request.volume.name}@{request.to.name}"
     with ExitStack() as opening:
         session = opening.enter_context(context.session(f"sending {name}"))
         source = _Source(context, session, request.volume.name, request.base, request.to, opening)
-        if start > source.size:
-            raise _stale(context, request, f"it is at byte {start}, beyond the snapshot's end")
+        check_offset(request, start, source.size)
         if request.ranges is not None:
             size: int | None = sum(part.length for part in request.ranges)
         else:
@@ -125,11 +122,7 @@ def open_stream(context: Context, request: SendRequest, cancel: Cancellation) ->
                 cancel.check()
                 yield make_chunk(batch, parts, context.checksums, key)
 
-    def chunks() -> Iterator[BlockChunk]:
-        with ahead(make, cancel) as items:
-            yield from items
-
-    return ChunkStream(StreamKind.BLOCKS, chunks(), estimate=size, on_close=opened.close)
+    return opened_stream(make, cancel, estimate=size, on_close=opened.close)
 
 
 def make_chunk(batch: Sequence[Extent], parts: list[bytes], checksums: Checksums, key: bytes) -> BlockChunk:
@@ -149,33 +142,12 @@ def make_chunk(batch: Sequence[Extent], parts: list[bytes], checksums: Checksums
     return without_zeros(list(batch), memoryview(data), digests, zeros, lambda: None)
 
 
-def _start(context: Context, request: SendRequest) -> int:
-    resume = request.resume
-    if resume is None:
-        return 0
-    base = request.base.guid if request.base is not None else None
-    if resume.kind is not StreamKind.BLOCKS:
-        raise _stale(context, request, f"it is of a {resume.kind} stream")
-    if resume.to_guid != request.to.guid or resume.base_guid != base:
-        raise _stale(context, request, "it is of another snapshot, or has another base")
-    return resume.offset
-
-
-def _stale(context: Context, request: SendRequest, why: str) -> StaleResume:
-    return StaleResume(
-        f"the half-received {request.to.name} of {context.label(request.volume.name)} cannot be continued: {why}",
-        hint="the next run discards it and sends the snapshot from the start",
-    )
-
-
 # -- digests
 
 
 def digest_blocks(context: Context, request: DigestRequest, cancel: Cancellation) -> Iterator[DigestBatch]:
     """See :meth:`replicator.endpoint.Endpoint.digests`. Everything is read: no object map is believed."""
-    size = request.block_size
-    if not MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE or request.offset % size or request.offset < 0:
-        raise UsageError(f"digests of {size}-byte blocks from byte {request.offset} cannot be made", hint="")
+    check_digests(request)
     cancel.check()
     with ExitStack() as opening:
         name = f"{request.volume.name}@{request.version.name}"
