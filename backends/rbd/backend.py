@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 
 from backends.base import OneByOne
-from backends.rbd import binding, catalog, health, records, replica, snapshotting, source
+from backends.rbd import binding, catalog, health, layout, records, replica, snapshotting, source
 from backends.rbd.binding import Binding, Image
 from backends.rbd.catalog import Catalog, now_utc, read_catalog
 from backends.rbd.changes import head_changed
@@ -16,6 +16,7 @@ from backends.rbd.cluster import Connection, Session, Where, is_absent
 from backends.rbd.context import Context
 from backends.rbd.locks import Lease
 from backends.rbd.naming import HIDDEN, Naming, Place, encode
+from backends.rbd.parents import Origins
 from replicator import names
 from replicator.cancellation import Cancellation
 from replicator.checksums import Checksums
@@ -36,7 +37,15 @@ from replicator.model import (
 )
 from replicator.streams import Stream
 
-CAPABILITIES = Capability.SEND | Capability.RECEIVE | Capability.DIGESTS | Capability.ATOMIC_SNAPSHOT | Capability.CLONE
+CAPABILITIES = (
+    Capability.SEND
+    | Capability.RECEIVE
+    | Capability.DIGESTS
+    | Capability.ATOMIC_SNAPSHOT
+    | Capability.CLONE
+    | Capability.ORIGINS
+    | Capability.PROPERTIES
+)
 _MAX_WARNINGS = 20
 WARNINGS_AGE = 60.0
 """Seconds."""
@@ -77,6 +86,7 @@ class RbdBackend(OneByOne):
         self._warnings_age = warnings_age
         self._warnings_lock = threading.Lock()
         self._warnings: tuple[float, tuple[str, ...]] | None = None
+        self._unlike: dict[str, tuple[str, ...]] = {}
 
     def info(self) -> StorageInfo:
         """See :class:`~backends.base.Backend`."""
@@ -84,6 +94,7 @@ class RbdBackend(OneByOne):
             room = health.space(session, self._where)
             release = health.version(session)
             warnings = [*health.cluster_warnings(session), *self._found_warnings(session)]
+        warnings += [told for volume in sorted(self._unlike) for told in self._unlike[volume]]
         if len(warnings) > _MAX_WARNINGS:
             warnings[_MAX_WARNINGS:] = [f"and {len(warnings) - _MAX_WARNINGS} more warnings"]
         detail = f"Ceph {release}, {self._where}".replace("Ceph ,", "Ceph,")
@@ -117,6 +128,7 @@ class RbdBackend(OneByOne):
 
     def _listing(self, session: Session, warnings: list[str]) -> Iterator[VolumeInfo]:
         """The images that are volumes; why others are not."""
+        origins = Origins(self._context, session)
         for place in self._places(session):
             try:
                 volume = self._naming.volume(place)
@@ -133,6 +145,7 @@ class RbdBackend(OneByOne):
                         continue
                     warnings.extend(health.image_warnings(session, image, label))
                     found = read_catalog(session, image, label)
+                    origin = origins.of(place, image)
             except DamagedData as error:  # one that is damaged hides no other; whoever asks for it is told
                 warnings.append(str(error))
                 yield VolumeInfo(identity, None, None)
@@ -142,7 +155,7 @@ class RbdBackend(OneByOne):
                     continue
                 raise
             warnings.extend(found.warnings)
-            yield VolumeInfo(identity, found.size, found.lineage)
+            yield VolumeInfo(identity, found.size, found.lineage, origin)
 
     def _places(self, session: Session) -> Iterator[Place]:
         """All images that are not hidden ones of ours."""
@@ -172,9 +185,16 @@ class RbdBackend(OneByOne):
         resume = found.partial.resume if found.partial is not None else None
         if resume is not None and any(version.guid == resume.to_guid for version in found.versions):
             resume = None  # a cut after the version was complete; the next receive forgets it
+        origin = Origins(self._context, session).of(self._naming.place(volume), image)
         changed = found.is_replica and _written_to(session, image, found)
         return VolumeState(
-            VolumeId(self.name, volume), found.size, found.versions, found.lineage, resume, head_changed=changed
+            VolumeId(self.name, volume),
+            found.size,
+            found.versions,
+            found.lineage,
+            resume,
+            head_changed=changed,
+            origin=origin,
         )
 
     def brief(self, volume: str) -> VolumeInfo | None:
@@ -184,7 +204,8 @@ class RbdBackend(OneByOne):
                 with self._context.opened(session, volume) as (image, found):
                     if health.foreign(session, image):
                         return None
-                    return VolumeInfo(VolumeId(self.name, volume), found.size, found.lineage)
+                    origin = Origins(self._context, session).of(self._naming.place(volume), image)
+                    return VolumeInfo(VolumeId(self.name, volume), found.size, found.lineage, origin)
             except NoSuchVolume:
                 return None
 
@@ -278,7 +299,12 @@ class RbdBackend(OneByOne):
 
     def receive(self, request: ReceiveRequest, stream: Stream, cancel: Cancellation) -> Version:
         """See :class:`~backends.base.Backend`."""
-        return replica.receive(self._context, request, stream, cancel)
+        version, told = replica.receive(self._context, request, stream, cancel)
+        if told:
+            self._unlike[request.volume.name] = told
+        else:
+            self._unlike.pop(request.volume.name, None)
+        return version
 
     def digests(self, request: DigestRequest, cancel: Cancellation) -> Iterator[DigestBatch]:
         """See :class:`~backends.base.Backend`."""
@@ -292,9 +318,13 @@ class RbdBackend(OneByOne):
         """Not declared, so not asked for."""
         raise Unsupported(f"image {volume} cannot be renamed", hint="`rbd rename` it while nothing uses it")
 
-    def properties(self, _volume: str) -> tuple[Property, ...]:
-        """None that replicas take over."""
-        return ()
+    def properties(self, volume: str) -> tuple[Property, ...]:
+        """See :class:`~backends.base.Backend`."""
+        with (
+            self._context.session(f"looking at {volume}") as session,
+            self._context.opened(session, volume) as (image, _),
+        ):
+            return layout.offered(session, image)
 
     def clone(self, volume: str, version: VersionRef, new: str) -> VolumeInfo:
         """See :class:`~backends.base.Backend`."""
