@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import os
 import random
-import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from backends.rbd.binding import load
 from replicator.cancellation import Cancellation
-from replicator.endpoint import ReceiveRequest, SendRequest
+from replicator.endpoint import PruneRequest, ReceiveMode, ReceiveRequest, SendRequest
 from replicator.errors import ConnectionLost, NoSuchSnapshot, SnapshotHeld, StorageError, Unsupported, UsageError
-from replicator.local import LocalEndpoint
-from replicator.model import Version, VolumeId, hold_tag
+from replicator.model import Version, VolumeId, snapshot_name
 from replicator.origins import origins_of
-from replicator.planning import Intermediates, Plan, SendPolicy, origin_guids
-from replicator.replication import Limits, Options, Pair, Replication
+from replicator.planning import Plan, SendPolicy, origin_guids
 from replicator.streams import Chunk, ChunkStream, Stream
 from tests.lab.ceph import Cluster
 from tests.support.blocks import KEY, apply, make_stream
 from tests.support.rbd_case import RbdCase, purge
+from tests.support.rbd_sites import Sites, Writer, make_clone, replica, take
+from tests.support.versions import at
 
 pytestmark = [pytest.mark.tier("ceph"), pytest.mark.timeout(600)]
 
@@ -36,47 +33,6 @@ def case(ceph: Cluster) -> Iterator[RbdCase]:
     made = RbdCase(ceph.conf)
     yield made
     made.close()
-
-
-def take(case: RbdCase, volume: str, name: str) -> Version:
-    (version,) = case.backend.snapshot((volume,), name)
-    return version
-
-
-def make_clone(case: RbdCase, volume: str, snapshot: str, new: str, **options: Any) -> None:
-    """Clone as people do."""
-    rbd = load().rbd
-    parent, child = case.naming.place(volume), case.naming.place(new)
-    with case.session() as session, session.ioctx(parent.namespace) as above, session.ioctx(child.namespace) as ioctx:
-        rbd.RBD().clone(above, parent.image, snapshot, ioctx, child.image, **{"features": 61, **options})
-
-
-class Writer:
-    """Does to images what guests and people do, at random; sizes are small, so that all meets the ends of objects."""
-
-    MOST = 600_000
-
-    def __init__(self, case: RbdCase, seed: int) -> None:
-        self.number = random.Random(seed)
-        self._case = case
-
-    def work(self, volume: str, resizes: bool = True) -> None:
-        number = self.number
-        with self._case.image(volume) as image:
-            for _ in range(number.randrange(1, 6)):
-                size = image.size()
-                what = number.choice("wwdzrr" if resizes else "wwdz")
-                if what == "r":
-                    image.resize(number.choice([number.randrange(self.MOST), 65536 * number.randrange(9)]))
-                elif size:
-                    offset = (
-                        number.randrange(size) // 65536 * 65536 if number.random() < 0.3 else number.randrange(size)
-                    )
-                    length = min(size - offset, number.choice([1, 100, 4096, 65536, 150_000]))
-                    if what == "w":
-                        image.write(number.randbytes(length), offset)
-                    else:
-                        (image.discard if what == "d" else image.write_zeroes)(offset, length)
 
 
 def received(case: RbdCase, volume: str, base: Version | None, to: Version, old: bytes) -> tuple[bytes, int]:
@@ -137,73 +93,6 @@ def test_all_changes_of_clones_are_found(case: RbdCase, kind: str, seed: int) ->
 
 
 # -- to another cluster
-
-
-@dataclass
-class Sites:
-    """Two storages on clusters of their own, ``store`` of node ``one`` and ``backup`` of node ``two``."""
-
-    source: RbdCase
-    target: RbdCase
-
-    def __post_init__(self) -> None:
-        self.here = LocalEndpoint("one", {"store": self.source.backend})
-        self.there = LocalEndpoint("two", {"backup": self.target.backend})
-
-    def replication(self, volume: str, *volumes: str) -> Replication:
-        """Of one volume, by a job that has the others, too."""
-        listed = [v for v in self.source.backend.volumes() if v.id.name in (volume, *volumes)]
-        origin = next(v.origin for v in listed if v.id.name == volume)
-        pair = Pair(self.here, VolumeId("store", volume), self.there, replica(volume), hold_tag("vms", "two", "backup"))
-        origins = origins_of(listed).get(VolumeId("store", volume), frozenset())
-        first = origin is not None and origin.volume.name in volumes
-        policy = SendPolicy(Intermediates.ALL, origins=origins)
-        options = Options(policy, limits=Limits(attempts=1), origin_first=first)
-        return Replication(pair, options, observer=lambda _: None, cancel=Cancellation())
-
-    def replicate(self, *volumes: str) -> None:
-        """Those, in that order, as one job, and see that both sides are equal: as `rbd export` reads them."""
-        for volume in volumes:
-            self.replication(volume, *volumes).run()
-        for volume in volumes:
-            self.check_equal(volume)
-
-    def check_equal(self, volume: str) -> int:
-        """All snapshots that the target has; how many."""
-        theirs = self.target.backend.state(replica(volume).name)
-        ours = self.source.backend.state(volume)
-        assert theirs is not None
-        assert ours is not None
-        assert not theirs.head_changed
-        common = [(v, ours.by_guid(v.guid)) for v in theirs.versions if ours.by_guid(v.guid)]
-        for version, mine in common:
-            assert mine is not None
-            assert exported(self.target, replica(volume).name, version) == exported(self.source, volume, mine), version
-        return len(common)
-
-    def parent(self, volume: str) -> str:
-        """What the replica is a clone of: VOLUME@SNAPSHOT, "" for none."""
-        state = self.target.backend.state(replica(volume).name)
-        return "" if state is None or state.origin is None else f"{state.origin.volume.name}@{state.origin.snapshot}"
-
-
-def replica(volume: str) -> VolumeId:
-    return VolumeId("backup", f"one/{volume}")
-
-
-def exported(case: RbdCase, volume: str, version: Version) -> str:
-    """The sha256 of what `rbd export` reads of a snapshot."""
-    place = case.naming.place(volume)
-    argv = ["rbd", "-c", str(case.conf), "export", f"{case.pool}/{place.namespace}/{place.image}@{version.name}", "-"]
-    done = subprocess.run(argv, capture_output=True, check=True, timeout=60)
-    return hashlib.sha256(done.stdout).hexdigest()
-
-
-@pytest.fixture(scope="module")
-def other_ceph() -> Iterator[Cluster]:
-    """The cluster of the target."""
-    with Cluster.up(f"target-{os.getpid()}") as cluster:
-        yield cluster
 
 
 @pytest.fixture
@@ -414,28 +303,33 @@ def test_a_snapshot_of_the_same_name_is_not_what_a_clone_began_as(sites: Sites) 
 
 
 def test_pruning_leaves_what_clones_need(sites: Sites) -> None:
-    """On both sides, while the job has the clone; and what somebody removes by hand all the same does no harm."""
-    template(sites)
+    """On both sides, while the job has the clone; and what is removed all the same does no harm."""
+    base, between, newest = (snapshot_name("vms", at(minute)) for minute in range(3))
+    sites.source.create("vm", random.Random(1).randbytes(SIZE))
+    take(sites.source, "vm", base)
+    make_clone(sites.source, "vm", base, "copy")
     sites.source.write("copy", 0, b"copy")
     take(sites.source, "copy", "s1")
-    take(sites.source, "vm", "later")
+    for name in (between, newest):
+        take(sites.source, "vm", name)
     sites.replicate("vm", "copy")
-    for case, volume in ((sites.source, "vm"), (sites.target, replica("vm").name)):
-        state = case.backend.state(volume)
+    listed = [v for v in sites.source.backend.volumes() if v.id.name in ("vm", "copy")]
+    ours = sites.source.backend.state("vm")
+    assert ours is not None
+    protect = origin_guids(ours, SendPolicy(origins=origins_of(listed)[VolumeId("store", "vm")]))
+    for endpoint, volume in ((sites.here, VolumeId("store", "vm")), (sites.there, replica("vm"))):
+        endpoint.prune(PruneRequest(volume, "vms", "last=1", tuple(protect)))
+        state = endpoint.state(volume)
         assert state is not None
-        listed = [v for v in sites.source.backend.volumes() if v.id.name in ("vm", "copy")]
-        policy = SendPolicy(Intermediates.ALL, origins=origins_of(listed)[VolumeId("store", "vm")])
-        ours = sites.source.backend.state("vm")
-        assert ours is not None
-        assert state.by_guid(next(iter(origin_guids(ours, policy)))) is not None
-    base = sites.target.backend.state(replica("vm").name).find("base")  # type: ignore[union-attr]
-    assert base is not None
-    sites.target.backend.destroy(replica("vm").name, base.ref)  # format 2: it goes to the trash until its clones do
+        assert [version.name for version in state.versions] == [base, newest]
+    assert sites.parent("copy") == f"one/vm@{base}"
+    # By a job that knows nothing of the clone: of format 2, it goes to the trash until its clones do.
+    sites.there.prune(PruneRequest(replica("vm"), "vms", "last=1", ()))
+    assert sites.parent("copy") == "", "nothing that could be named"
     assert sites.check_equal("copy") == 1
     sites.source.write("copy", MIB, b"more")
     take(sites.source, "copy", "s2")
     sites.replicate("vm", "copy")
-    assert sites.parent("copy") == "", "nothing that could be named"
 
 
 def test_a_clone_of_the_old_format_keeps_its_parent(sites: Sites, ceph: Cluster) -> None:
@@ -492,3 +386,44 @@ def remove(case: RbdCase, volume: str) -> None:
         purge(session, place)
         with session.ioctx(place.namespace) as ioctx:
             session.pool.remove(ioctx, place.image)
+
+
+def test_a_clone_that_was_written_to_is_put_back(sites: Sites) -> None:
+    """Also where it was cut, so that its parent shows no more in its head what it shows in its snapshots."""
+    template(sites)
+    sites.source.write("copy", 0, b"copy")
+    take(sites.source, "copy", "s1")
+    sites.replicate("vm", "copy")
+    name = replica("copy").name
+    sites.target.resize(name, 6 * MIB)
+    sites.target.resize(name, SIZE)
+    state = sites.target.backend.state(name)
+    assert state is not None
+    assert state.head_changed
+    kept = sites.target.backend.set_aside(name, "diverged-by-hand")
+    assert kept is not None
+    to = take(sites.source, "copy", "s2")
+    ours = sites.source.backend.state("copy")
+    assert ours is not None
+    request = replace(clone_request(sites, to), origin=None, base=ours.versions[0].ref, mode=ReceiveMode.REBUILD)
+    with sent(sites, request) as stream:
+        sites.target.backend.receive(request, stream, Cancellation())
+    assert sites.check_equal("copy") == 2
+    assert sites.target.read_snapshot(name, kept)[6 * MIB :] == bytes(SIZE - 6 * MIB)
+
+
+def test_a_discarded_change_of_a_clone(sites: Sites) -> None:
+    template(sites)
+    sites.source.write("copy", 0, b"copy")
+    one = take(sites.source, "copy", "s1")
+    sites.replicate("vm", "copy")
+    sites.source.resize("copy", 3 * MIB)
+    sites.source.write("copy", 0, random.Random(2).randbytes(3 * MIB))
+    to = take(sites.source, "copy", "s2")
+    request = replace(clone_request(sites, to), origin=None, base=one.ref)
+    with pytest.raises(ConnectionLost), cut_short(sent(sites, request), 2 * MIB) as stream:
+        sites.target.backend.receive(request, stream, Cancellation())
+    sites.target.backend.abort_receive(request.volume.name)
+    assert sites.target.read(request.volume.name) == sites.source.read_snapshot("copy", one)
+    sites.replicate("vm", "copy")
+    assert sites.check_equal("copy") == 2
