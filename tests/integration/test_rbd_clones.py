@@ -6,12 +6,15 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from backends.rbd.binding import load
 from replicator.cancellation import Cancellation
+from replicator.cli.main import main
 from replicator.endpoint import PruneRequest, ReceiveMode, ReceiveRequest, SendRequest
 from replicator.errors import ConnectionLost, NoSuchSnapshot, SnapshotHeld, StorageError, Unsupported, UsageError
 from replicator.model import Version, VolumeId, snapshot_name
@@ -214,7 +217,7 @@ def test_a_clone_that_is_flattened_at_the_source(sites: Sites, features: int) ->
         image.flatten()
     sites.source.write("copy", 9 * MIB, b"flat")
     take(sites.source, "copy", "s2")
-    sites.replicate("vm", "copy")
+    assert sites.replication("copy", "vm").run().done <= 4096
     sites.source.write("copy", 10 * MIB, b"later")
     take(sites.source, "copy", "s3")
     assert sites.replication("copy", "vm").run().done <= 4096
@@ -300,6 +303,23 @@ def test_a_snapshot_of_the_same_name_is_not_what_a_clone_began_as(sites: Sites) 
     assert state.origin is None
     sites.replicate("vm", "copy")
     assert sites.parent("copy") == ""
+
+
+def test_reading_is_enough_to_send_a_clone(sites: Sites, ceph: Cluster) -> None:
+    template(sites)
+    sites.source.write("copy", 0, b"copy")
+    to = take(sites.source, "copy", "s1")
+    sites.replicate("vm")
+    keyring = ceph.user("reads-clones", mon="profile rbd", osd=f"profile rbd-read-only pool={sites.source.pool}")
+    reader = sites.source.open(sites.source.where("reads-clones", keyring))
+    assert [v.origin for v in reader.volumes()] == [v.origin for v in sites.source.backend.volumes()]
+    request = clone_request(sites, to)
+    send = SendRequest(VolumeId("store", "copy"), request.base, to.ref, KEY)
+    assert reader.estimate("copy", request.base, to.ref) == 4 * MIB
+    with reader.send(send, Cancellation()) as stream:
+        sites.target.backend.receive(request, stream, Cancellation())
+    assert sites.check_equal("copy") == 1
+    reader.close()
 
 
 def test_pruning_leaves_what_clones_need(sites: Sites) -> None:
@@ -427,3 +447,64 @@ def test_a_discarded_change_of_a_clone(sites: Sites) -> None:
     assert sites.target.read(request.volume.name) == sites.source.read_snapshot("copy", one)
     sites.replicate("vm", "copy")
     assert sites.check_equal("copy") == 2
+
+
+def test_as_a_job(sites: Sites, tmp_path: Path) -> None:
+    """With the command line: what it plans, and that the parent goes before its clones; what it brings is verified."""
+    template(sites)
+    sites.source.write("copy", 0, b"copy")
+    make_clone(sites.source, "vm", "base", "a-clone-named-before-it")
+    config = tmp_path / "replicator.toml"
+    config.write_text(
+        f"""
+[node]
+name = "one"
+state_dir = "{tmp_path}"
+
+[network]
+cluster = "127.0.0.0/8"
+listen = "127.0.0.1:1"
+
+[storage.store]
+kind = "rbd"
+pool = "{sites.source.pool}"
+namespace = "{sites.source.namespace}"
+conffile = "{sites.source.conf}"
+
+[storage.backup]
+kind = "rbd"
+pool = "{sites.target.pool}"
+namespace = "{sites.target.namespace}"
+conffile = "{sites.target.conf}"
+
+[job.vms]
+source = "store:*"
+targets = ["backup"]
+
+[job.alone]
+source = "store:copy"
+targets = ["backup"]
+enabled = false
+"""
+    )
+
+    def run(*words: str) -> str:
+        done = CliRunner().invoke(main, ["--config", str(config), *words], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    take(sites.source, "copy", snapshot_name("alone", at(0)))
+    assert "sent in full" in " ".join(run("plan", "alone").split())
+    assert "goes to the target first" in " ".join(run("plan", "vms").split())
+    run("sync", "vms")
+    for name in ("copy", "a-clone-named-before-it"):
+        assert sites.parent(name) == "one/vm@base"
+    for name in ("vm", "copy", "a-clone-named-before-it"):
+        assert sites.check_equal(name) >= 1
+    sites.source.write("copy", MIB, b"more")
+    run("sync", "vms")
+    run("verify", "store:copy")
+    assert sites.check_equal("copy") == 2
+    run("prune", "vms", "--yes")
+    assert sites.parent("copy") == "one/vm@base"
+    assert "base" in run("snapshots", "backup:one/vm")

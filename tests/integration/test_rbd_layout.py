@@ -126,12 +126,16 @@ def test_a_data_pool_that_the_user_may_not_write_to_is_not_used(
     make(sites.source, "vm", MIB, data_pool="closed")
     sites.source.write("vm", 0, b"data")
     take(sites.source, "vm", "s1")
+    make_clone(sites.source, "vm", "s1", "copy", data_pool="closed")
+    take(sites.source, "copy", "s1")
     keyring = other_ceph.user("narrow", mon="profile rbd", osd=f"profile rbd pool={sites.target.pool}")
     sites.target.backend.close()
     sites.target.backend = sites.target.open(sites.target.where("narrow", keyring))
     other = Sites(sites.source, sites.target)
-    other.replicate("vm")
-    assert layout(sites.target, replica("vm").name).data_pool is None
+    other.replicate("vm", "copy")
+    assert sites.parent("copy") == "one/vm@s1"
+    for volume in ("vm", "copy"):
+        assert layout(sites.target, replica(volume).name).data_pool is None
     assert any("closed" in text for text in sites.target.backend.info().warnings)
 
 
