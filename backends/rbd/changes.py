@@ -8,9 +8,9 @@ then which parts of those objects, asked of the OSDs. Both are librbd's diff, ea
   again between two snapshots it leaves out what changed beyond the cut. So maps are believed up to the smallest size
   that any snapshot in between had; what is behind that is asked of the OSDs.
 - A difference goes from an older snapshot to a newer one. Between others, both are read.
-- Of a clone it says what is in the clone's own objects. What its parent shows it is never taken for zeros; and where
-  the parent shows less of itself than before (the clone was cut and grown again, or flattened), what changed is in no
-  object: then both are read.
+- Of a clone it says what is in the clone's own objects. What its parent shows it is never taken for zeros. Where the
+  parent shows less of itself than before (the clone was cut and grown again, or flattened), librbd 16.2 has copied what
+  was shown into objects first; that is not relied on (ceph#60290): then both are read.
 
 Ranges begin and end at object boundaries (of a striped image: of a set of objects), as librbd miscounts others.
 """

@@ -16,7 +16,15 @@ from backends.rbd.binding import load
 from replicator.cancellation import Cancellation
 from replicator.cli.main import main
 from replicator.endpoint import PruneRequest, ReceiveMode, ReceiveRequest, SendRequest
-from replicator.errors import ConnectionLost, NoSuchSnapshot, SnapshotHeld, StorageError, Unsupported, UsageError
+from replicator.errors import (
+    ConnectionLost,
+    NoSuchSnapshot,
+    SnapshotHeld,
+    StaleResume,
+    StorageError,
+    Unsupported,
+    UsageError,
+)
 from replicator.model import Version, VolumeId, snapshot_name
 from replicator.origins import origins_of
 from replicator.planning import Plan, SendPolicy, origin_guids
@@ -179,6 +187,31 @@ def test_a_clone_of_a_clone(sites: Sites) -> None:
     sites.replicate("vm", "copy", "grandchild")
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_a_chain_of_clones_under_writers(sites: Sites, seed: int) -> None:
+    """All of them written to, cut and grown between runs, the parents too; runs that bring one snapshot and several."""
+    writer = Writer(sites.source, seed)
+    sites.source.create("vm", writer.number.randbytes(500_000))
+    chain = ["vm", "copy", "copy-of-it"]
+    for parent, volume in itertools.pairwise(chain):
+        take(sites.source, parent, "base")
+        make_clone(sites.source, parent, "base", volume, order=16 + seed, stripe_unit=65536, stripe_count=1)
+        writer.work(volume)
+        with sites.source.image(volume) as image:
+            if not image.size():
+                image.resize(1)
+    for number in range(8):
+        for volume in chain:
+            writer.work(volume)
+            if not number or writer.number.random() < 0.8:
+                take(sites.source, volume, f"s{number}")
+        if number % 3 != 1:
+            sites.replicate(*chain)
+            for parent, volume in itertools.pairwise(chain):
+                assert sites.parent(volume) in ("", f"one/{parent}@base")
+    assert all(sites.check_equal(volume) > 1 for volume in chain)
+
+
 def test_a_clone_whose_parent_is_not_replicated(sites: Sites) -> None:
     """It is sent in full, and the plan says so."""
     content = template(sites)
@@ -238,8 +271,31 @@ def test_an_interrupted_clone_continues(sites: Sites) -> None:
     assert state.resume is not None
     assert (state.versions, state.resume.base_guid) == ((), request.base.guid if request.base else "")
     assert 0 < state.resume.offset < 16 * MIB
+    continued = replace(request, resume=state.resume)
+    sites.target.create("own", b"no replica")
+    with pytest.raises(NoSuchSnapshot), make_stream() as stream:
+        sites.target.backend.receive(replace(continued, origin=VolumeId("backup", "own")), stream, Cancellation())
     assert sites.replication("copy", "vm").run().done < 16 * MIB
     assert sites.check_equal("copy") == 1
+    assert sites.parent("copy") == "one/vm@base"
+
+
+def test_a_half_received_clone_that_is_none_any_more(sites: Sites) -> None:
+    """What was received is of no use without what it was the difference to."""
+    template(sites)
+    sites.source.write("copy", 0, random.Random(2).randbytes(16 * MIB))
+    request = clone_request_of(sites, take(sites.source, "copy", "s1"))
+    with pytest.raises(ConnectionLost), cut_short(sent(sites, request), 6 * MIB) as stream:
+        sites.target.backend.receive(request, stream, Cancellation())
+    state = sites.target.backend.state(request.volume.name)
+    assert state is not None
+    with sites.target.image(request.volume.name) as image:
+        image.flatten()
+    with pytest.raises(StaleResume), make_stream() as stream:
+        sites.target.backend.receive(replace(request, resume=state.resume), stream, Cancellation())
+    with pytest.raises(StaleResume):
+        sites.replication("copy", "vm").run()
+    sites.replicate("vm", "copy")
     assert sites.parent("copy") == "one/vm@base"
 
 
@@ -367,6 +423,12 @@ def test_a_clone_of_the_old_format_keeps_its_parent(sites: Sites, ceph: Cluster)
     with pytest.raises(SnapshotHeld, match="clones"):
         sites.source.backend.destroy("vm", base.ref)
     assert sites.check_equal("copy") == 1
+
+
+def clone_request_of(sites: Sites, to: Version) -> ReceiveRequest:
+    """The same, once the target has that."""
+    sites.replicate("vm")
+    return clone_request(sites, to)
 
 
 def clone_request(sites: Sites, to: Version) -> ReceiveRequest:
