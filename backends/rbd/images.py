@@ -58,20 +58,17 @@ def create_image(session: Session, place: Place, size: int, layout: Layout = DEF
         try:
             _made_like(session, layout, create)
         except session.binding.errors as error:
-            if number(error) not in _IMPOSSIBLE:
-                if exists_already(error):
-                    return
+            if exists_already(error):
+                return
+            if number(error) not in _IMPOSSIBLE or layout.only_there:
                 raise
             create()
 
 
-def clone_image(
-    session: Session, parent: Place, snapshot: str, place: Place, layout: Layout = DEFAULT, features: int = 0
-) -> None:
+def clone_image(session: Session, parent: Place, snapshot: str, place: Place, layout: Layout = DEFAULT) -> None:
     """Make an image that is a clone of a snapshot; see :func:`create_image`.
 
     :param snapshot: as RBD calls it
-    :param features: beside those that every image of ours has
     :raises: one of the binding's errors, EEXIST where there is an image of that name
     """
     make_namespace(session, place)
@@ -80,14 +77,14 @@ def clone_image(
         def clone(**options: int | str | None) -> None:
             session.pool.clone(above, parent.image, snapshot, ioctx, place.image, **options)
 
-        _made_like(session, layout, clone, features)
+        _made_like(session, layout, clone)
 
 
-def _made_like(session: Session, layout: Layout, make: Callable[..., None], features: int = 0) -> None:
+def _made_like(session: Session, layout: Layout, make: Callable[..., None]) -> None:
     """Make an image as much like that as is possible."""
     rbd = session.binding.rbd
     configured = int(session.pool.features_from_string(session.rados.conf_get("rbd_default_features") or ""))
-    wanted = needed(session) | configured | features
+    wanted = _needed(session) | configured
     if layout.deep_flatten is not None:
         deep = int(rbd.RBD_FEATURE_DEEP_FLATTEN)
         wanted = wanted | deep if layout.deep_flatten else wanted & ~deep
@@ -105,7 +102,7 @@ def _made_like(session: Session, layout: Layout, make: Callable[..., None], feat
     make(features=wanted, **last.options)
 
 
-def needed(session: Session) -> int:
+def _needed(session: Session) -> int:
     """The features by which changes are found and writers kept apart, and snapshots protected."""
     rbd = session.binding.rbd
     return int(
