@@ -57,6 +57,7 @@ http = {http}
 #kind = "rbd"
 #pool = "rbd"
 #namespace = "vms"
+#data_pool = "ec-data"
 #conffile = "/etc/ceph/ceph.conf"
 #user = "admin"
 #keyring = "/etc/ceph/ceph.client.admin.keyring"

@@ -90,6 +90,13 @@ def ceph() -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.fixture(scope="session")
+def other_ceph() -> Iterator[Cluster]:
+    """Another one, for those that replicate between two."""
+    with Cluster.up(f"other-{os.getpid()}") as cluster:
+        yield cluster
+
+
 def mounted(folder: Path, *mkfs: str, size: int) -> Iterator[Path]:
     """Make a file system in a sparse file below ``folder`` and mount it until the iterator is resumed."""
     image, mount = folder / "fs.img", folder / "mnt"

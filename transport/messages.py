@@ -494,7 +494,7 @@ _MAX_TOKEN = 64 * 1024
 _MAX_BLOCK = 16 * 1024 * 1024
 _MAX_CSR = 8192
 _MAX_PROPERTIES = 64
-_PROPERTY = re.compile(r"[a-z0-9][a-z0-9_.:-]{0,255}")
+_PROPERTY = re.compile(r"[a-z0-9][A-Za-z0-9_.:-]{0,255}")
 
 
 def _refuse(what: str) -> ProtocolError:

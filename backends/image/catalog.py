@@ -21,8 +21,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from backends.fields import BadRecord
 from backends.image.durable import SNAPSHOT_MODE, Files
-from backends.image.records import BadRecord, Meta, encode_lineage, load_lineage
+from backends.image.records import Meta, encode_lineage, load_lineage
 from replicator import names
 from replicator.errors import DamagedData, InvalidName, NoSuchSnapshot, SnapshotHeld, VolumeBusy
 from replicator.model import Lineage, Version, VersionRef

@@ -9,7 +9,19 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 
 from backends.base import Backend, OneByOne
-from backends.rbd import binding, catalog, exporting, health, records, replica, snapshotting, source, target, together
+from backends.rbd import (
+    binding,
+    catalog,
+    exporting,
+    health,
+    layout,
+    records,
+    replica,
+    snapshotting,
+    source,
+    target,
+    together,
+)
 from backends.rbd.binding import Binding, Image
 from backends.rbd.catalog import Catalog, now_utc, read_catalog
 from backends.rbd.changes import head_changed
@@ -17,6 +29,7 @@ from backends.rbd.cluster import Connection, Session, Where, is_absent
 from backends.rbd.context import Context
 from backends.rbd.locks import Lease
 from backends.rbd.naming import HIDDEN, Naming, Place, encode
+from backends.rbd.parents import Origins
 from replicator import names
 from replicator.cancellation import Cancellation
 from replicator.checksums import Checksums
@@ -38,7 +51,15 @@ from replicator.model import (
 )
 from replicator.streams import Stream
 
-CAPABILITIES = Capability.SEND | Capability.RECEIVE | Capability.DIGESTS | Capability.ATOMIC_SNAPSHOT | Capability.CLONE
+CAPABILITIES = (
+    Capability.SEND
+    | Capability.RECEIVE
+    | Capability.DIGESTS
+    | Capability.ATOMIC_SNAPSHOT
+    | Capability.CLONE
+    | Capability.ORIGINS
+    | Capability.PROPERTIES
+)
 _MAX_WARNINGS = 20
 WARNINGS_AGE = 60.0
 """Seconds for which ``info`` may repeat what it found wrong with images."""
@@ -80,6 +101,7 @@ class RbdBackend(OneByOne):
         self._context = Context(name, self._naming, self._connection, checksums, lease or Lease(), clock)
         self._warnings_lock = threading.Lock()
         self._warnings: tuple[float, tuple[str, ...]] | None = None
+        self._unlike: dict[str, tuple[str, ...]] = {}
 
     def info(self) -> StorageInfo:
         """See :class:`~backends.base.Backend`."""
@@ -88,6 +110,7 @@ class RbdBackend(OneByOne):
             release = health.version(session)
             cannot = health.no_groups(session, self._naming.namespace or "") if self._grouped else ""
             warnings = [*health.cluster_warnings(session), *self._apart, *self._found_warnings(session)]
+        warnings += [told for volume in sorted(self._unlike) for told in self._unlike[volume]]
         capabilities = self.capabilities
         if cannot:
             capabilities &= ~Capability.ATOMIC_GROUP
@@ -125,6 +148,7 @@ class RbdBackend(OneByOne):
 
     def _listing(self, session: Session, warnings: list[str]) -> Iterator[VolumeInfo]:
         """The images that are volumes; why others are not."""
+        origins = Origins(self._context, session)
         for place in self._places(session):
             try:
                 volume = self._naming.volume(place)
@@ -143,6 +167,7 @@ class RbdBackend(OneByOne):
                     if self._grouped:
                         warnings.extend(health.group_warnings(session, image, label))
                     found = read_catalog(session, image, label)
+                    origin = origins.of(place, image)
             except DamagedData as error:  # one that is damaged hides no other; whoever asks for it is told
                 warnings.append(str(error))
                 yield VolumeInfo(identity, None, None)
@@ -152,7 +177,7 @@ class RbdBackend(OneByOne):
                     continue
                 raise
             warnings.extend(found.warnings)
-            yield VolumeInfo(identity, found.size, found.lineage)
+            yield VolumeInfo(identity, found.size, found.lineage, origin)
 
     def _places(self, session: Session) -> Iterator[Place]:
         """All images that are not hidden ones of ours."""
@@ -182,9 +207,16 @@ class RbdBackend(OneByOne):
         resume = found.partial.resume if found.partial is not None else None
         if resume is not None and any(version.guid == resume.to_guid for version in found.versions):
             resume = None  # a cut after the version was complete; the next receive forgets it
+        origin = Origins(self._context, session).of(self._naming.place(volume), image)
         changed = found.is_replica and _written_to(session, image, found)
         return VolumeState(
-            VolumeId(self.name, volume), found.size, found.versions, found.lineage, resume, head_changed=changed
+            VolumeId(self.name, volume),
+            found.size,
+            found.versions,
+            found.lineage,
+            resume,
+            head_changed=changed,
+            origin=origin,
         )
 
     def brief(self, volume: str) -> VolumeInfo | None:
@@ -194,7 +226,8 @@ class RbdBackend(OneByOne):
                 with self._context.opened(session, volume) as (image, found):
                     if health.foreign(session, image):
                         return None
-                    return VolumeInfo(VolumeId(self.name, volume), found.size, found.lineage)
+                    origin = Origins(self._context, session).of(self._naming.place(volume), image)
+                    return VolumeInfo(VolumeId(self.name, volume), found.size, found.lineage, origin)
             except NoSuchVolume:
                 return None
 
@@ -316,7 +349,12 @@ class RbdBackend(OneByOne):
 
     def receive(self, request: ReceiveRequest, stream: Stream, cancel: Cancellation) -> Version:
         """See :class:`~backends.base.Backend`."""
-        return replica.receive(self._context, request, stream, cancel)
+        version, told = replica.receive(self._context, request, stream, cancel)
+        if told:
+            self._unlike[request.volume.name] = told
+        else:
+            self._unlike.pop(request.volume.name, None)
+        return version
 
     def digests(self, request: DigestRequest, cancel: Cancellation) -> Iterator[DigestBatch]:
         """See :class:`~backends.base.Backend`."""
@@ -333,10 +371,15 @@ class RbdBackend(OneByOne):
     def remove(self, volume: str) -> None:
         """See :class:`~backends.base.Backend`."""
         target.remove_replica(self._context, volume)
+        self._unlike.pop(volume, None)
 
-    def properties(self, _volume: str) -> tuple[Property, ...]:
-        """None that replicas take over."""
-        return ()
+    def properties(self, volume: str) -> tuple[Property, ...]:
+        """See :class:`~backends.base.Backend`."""
+        with (
+            self._context.session(f"looking at {volume}") as session,
+            self._context.opened(session, volume) as (image, _),
+        ):
+            return layout.offered(session, image)
 
     def clone(self, volume: str, version: VersionRef, new: str) -> VolumeInfo:
         """See :class:`~backends.base.Backend`."""

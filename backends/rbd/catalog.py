@@ -9,12 +9,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from backends.fields import BadRecord
 from backends.rbd import records
 from backends.rbd.binding import Image
 from backends.rbd.cluster import Session
 from backends.rbd.failures import number
 from backends.rbd.naming import BEFORE, HIDDEN
-from backends.rbd.records import BadRecord, HeadRecord, Identity, Partial, Replaced, SnapshotRecord, Taken
+from backends.rbd.records import HeadRecord, Identity, Partial, Replaced, SnapshotRecord, Taken
 from replicator import names
 from replicator.errors import DamagedData, InvalidName, NoSuchSnapshot, SnapshotHeld
 from replicator.model import Lineage, Role, Version, VersionRef

@@ -12,6 +12,9 @@ then which parts of those objects, asked of the OSDs. Both are librbd's diff, ea
   the way is told from an anchor, a snapshot with a name before it: whatever differs between base and later state
   differs from the anchor in one of the two. So what changed between anchor and base is carried as well, as it is in
   the later state. (The anchor is taken just before, so that is next to nothing: see ``together.py``.)
+- Of a clone it says what is in the clone's own objects. What its parent shows it is never taken for zeros. Where the
+  parent shows less of itself than before (the clone was cut and grown again, or flattened), librbd 16.2 has copied what
+  was shown into objects first; that is not relied on (ceph#60290): then both are read.
 
 Ranges begin and end at object boundaries (of a striped image: of a set of objects), as librbd miscounts others.
 """
@@ -48,6 +51,8 @@ class Diff:
     :ivar trusted: offset up to which the object maps may be believed; 0 without any
     :ivar period: bytes after which objects repeat: ranges begin at multiples of it
     :ivar beside: what may have changed beside that; ascending, disjoint, within ``size``
+    :ivar has_parent: what is in no object of its own need not be zeros
+    :ivar hidden: there may be changes that no object has: all of it may have changed
     """
 
     image: Image
@@ -58,6 +63,8 @@ class Diff:
     whole_window: int = WHOLE_WINDOW
     exact_window: int = EXACT_WINDOW
     beside: tuple[Extent, ...] = ()
+    has_parent: bool = False
+    hidden: bool = False
 
     def dirty(self, start: int = 0) -> Iterator[Range]:
         """Where something may have changed, whole objects at a time; without maps that is everything."""
@@ -73,6 +80,8 @@ class Diff:
 
     def extents(self, start: int = 0) -> Iterator[Extent]:
         """What changed, from offset ``start`` on."""
+        if self.hidden:
+            return (Extent(offset, length) for offset, length in _windows(start, self.size, self.exact_window))
         return merged(_from(start, united(self._exact(start), self.beside)))
 
     def _exact(self, start: int) -> Iterator[Extent]:
@@ -95,7 +104,7 @@ class Diff:
         def add(begin: int, size: int, exists: bool) -> None:
             end = min(begin + size, self.size)
             if end > begin:  # zeros where there was nothing need not be said
-                found.append(Extent(begin, end - begin, zero=not exists and not whole))
+                found.append(Extent(begin, end - begin, zero=not exists and not whole and not self.has_parent))
 
         base = self.base.name if self.base is not None else None
         self.image.diff_iterate(offset, length, base, add, True, whole)
@@ -123,9 +132,78 @@ def find_changes(
     image.set_snap_by_id(None if to is None else to.id)
     size = image.size()
     period = int(image.stat()["obj_size"]) * image.stripe_count()
+    trusted = _trusted(size, period, between) if usable else 0
+    overlap = image.overlap()
+    hidden = False
+    if base is not None:
+        image.set_snap_by_id(base.id)
+        hidden = image.overlap() > overlap
+        image.set_snap_by_id(None if to is None else to.id)
+    return Diff(image, size, base, trusted, period, has_parent=overlap > 0, hidden=hidden)
+
+
+def _trusted(size: int, period: int, between: Iterable[RawSnapshot]) -> int:
+    """The offset up to which maps that are valid may be believed."""
     smallest = min([size, *(snapshot.size for snapshot in between)])
-    trusted = 0 if not usable else size if smallest == size else smallest // period * period
-    return Diff(image, size, base, trusted, period)
+    return size if smallest == size else smallest // period * period
+
+
+@dataclass(frozen=True, slots=True)
+class CloneDiff:
+    """Where a clone may differ from the snapshot that it began as: in objects of its own, and where that does not show
+    through. Whether it does, only reading both says.
+
+    :ivar image: open, at the state of the clone
+    :ivar size: of that
+    :ivar whole: offset up to which objects of its own can be asked for; behind it, everything may differ
+    :ivar period: as in a :class:`Diff`
+    """
+
+    image: Image
+    size: int
+    whole: int
+    period: int
+
+    def ranges(self, start: int = 0) -> Iterator[Range]:
+        """Them, from offset ``start`` on."""
+        begin = start // self.period * self.period
+        for offset, length in _windows(begin, self.whole, _multiple(WHOLE_WINDOW, self.period)):
+            own: list[Extent] = []
+
+            def add(found: int, size: int, _exists: bool, own: list[Extent] = own) -> None:
+                offset, end = max(found, start), min(found + size, self.whole)
+                if end > offset:
+                    own.append(Extent(offset, end - offset))
+
+            self.image.diff_iterate(offset, length, None, add, False, True)
+            yield from (Range(e.offset, e.length) for e in merged(own))
+        rest = max(start, self.whole)
+        if rest < self.size:
+            yield Range(rest, self.size - rest)
+
+    def estimate(self, start: int = 0) -> int | None:
+        """Bytes in objects of its own, at most; None where only reading all of it could tell."""
+        if self.size and not self.whole:
+            return None
+        return sum(found.length for found in self.ranges(start))
+
+
+def find_own(
+    session: Session, image: Image, raw: Iterable[RawSnapshot], origin: RawSnapshot, to: RawSnapshot
+) -> CloneDiff:
+    """Where snapshot ``to`` of a clone may differ from its origin; leaves ``image`` at ``to``.
+
+    :param raw: all snapshots of the clone
+    """
+    before = [s for s in raw if s.id <= to.id]
+    usable = _maps_valid(session, image, before, head=False)
+    image.set_snap_by_id(to.id)
+    size, overlap = image.size(), image.overlap()
+    period = int(image.stat()["obj_size"]) * image.stripe_count()
+    whole = _trusted(size, period, before) if usable else 0
+    if overlap < min(origin.size, size):
+        whole = min(whole, overlap // period * period)
+    return CloneDiff(image, size, whole, period)
 
 
 def _bounded(diff: Diff) -> list[Extent]:
@@ -201,10 +279,19 @@ def selected(ranges: Iterable[Range], size: int, start: int) -> Iterator[Extent]
             yield Extent(offset, end - offset)
 
 
-def compared(newer: Reader, older: Reader, start: int, cancel: Cancellation) -> Iterator[Extent]:
-    """Changes by reading both, to the piece of 4 KiB. What lies beyond the end of ``older`` is zeros there."""
+def compared(newer: Reader, older: Reader, ranges: Iterable[Range], cancel: Cancellation) -> Iterator[Extent]:
+    """Changes by reading both in these ranges, to the piece of 4 KiB. What lies beyond the end of ``older`` is zeros
+    there."""
     common = min(newer.size, older.size)
-    windows = [Extent(offset, length) for offset, length in _windows(start, common, CHUNK_SIZE)]
+    for found in ranges:
+        yield from _compared(newer, older, Range(found.offset, max(0, min(found.end, common) - found.offset)), cancel)
+        rest = max(found.offset, common)
+        for offset, length in _windows(rest, min(found.end, newer.size), CHUNK_SIZE):
+            yield Extent(offset, length)
+
+
+def _compared(newer: Reader, older: Reader, within: Range, cancel: Cancellation) -> Iterator[Extent]:
+    windows = [Extent(offset, length) for offset, length in _windows(within.offset, within.end, CHUNK_SIZE)]
     pairs = zip(newer.read([e] for e in windows), older.read([e] for e in windows), strict=True)
     for (batch, (mine,)), (_, (theirs,)) in pairs:
         cancel.check()
@@ -212,9 +299,6 @@ def compared(newer: Reader, older: Reader, start: int, cancel: Cancellation) -> 
             for place in range(0, len(mine), GRANULARITY):
                 if mine[place : place + GRANULARITY] != theirs[place : place + GRANULARITY]:
                     yield Extent(batch[0].offset + place, min(GRANULARITY, len(mine) - place))
-    rest = max(start, common)
-    for offset, length in _windows(rest, newer.size, CHUNK_SIZE):
-        yield Extent(offset, length)
 
 
 def head_changed(session: Session, image: Image, catalog: Catalog) -> bool:
@@ -226,7 +310,7 @@ def head_changed(session: Session, image: Image, catalog: Catalog) -> bool:
     if newest is None or not (newest.user or any(found.raw == newest for found in catalog.snapshots)):
         return True
     diff = find_changes(session, image, catalog.raw, newest, None)
-    if newest.size != diff.size:
+    if newest.size != diff.size or (diff.hidden and newest.user):
         return True
     # With object maps an answer costs nothing; without, the OSDs are asked.
     found: Iterator[object] = diff.dirty() if diff.trusted >= diff.size else diff.extents()

@@ -39,12 +39,14 @@ class Where:
     """Which pool of which cluster, and as whom.
 
     :ivar keyring: None: where the configuration says
+    :ivar data_pool: where new replicas have their data; None: in a pool called as that of their source, or in this one
     """
 
     pool: str
     conffile: Path
     user: str
     keyring: Path | None
+    data_pool: str | None = None
 
     def __str__(self) -> str:
         return f"pool {self.pool} as client.{self.user}"

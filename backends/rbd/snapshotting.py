@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from backends.rbd import records
 from backends.rbd.binding import Image
 from backends.rbd.catalog import Catalog, read_catalog
@@ -14,6 +16,8 @@ from replicator import names
 from replicator.cancellation import Cancellation
 from replicator.errors import NoSuchVolume, SnapshotExists, Unsupported, VolumeBusy
 from replicator.model import Lineage, Role, Version, VersionRef
+
+_OWN_LOCKS = "internal"  # the tag of exclusive locks that librbd manages by itself (librbd/managed_lock/Utils.cc)
 
 
 def take_snapshot(context: Context, volume: str, name: str) -> Version:
@@ -90,7 +94,18 @@ def set_aside(context: Context, volume: str, name: str) -> VersionRef | None:
 
 
 def refuse_users(session: Session, image: Image, label: str) -> None:
-    """Nobody else may have the image open for writing. :raises VolumeBusy: names who has"""
+    """Nobody else may have the image open for writing, or have it locked. :raises VolumeBusy: names who has
+
+    A lock that people or programs have set (``rbd lock add``) must be looked for: librbd, asked for its own beside it,
+    waits until that is gone.
+    """
+    locks = image.list_lockers()
+    if isinstance(locks, Mapping) and locks["tag"] != _OWN_LOCKS:
+        holders = sorted(f"{client} at {address} ({cookie})" for client, cookie, address in locks["lockers"])
+        raise VolumeBusy(
+            f"{label} is locked by {', '.join(holders)}, so it is not written to",
+            hint="`rbd lock ls` shows it; `rbd lock rm` removes one whose holder is gone",
+        )
     others = sorted({str(w["addr"]) for w in image.watchers_list() if int(w["id"]) != session.client})
     if others:
         raise VolumeBusy(

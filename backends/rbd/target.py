@@ -27,8 +27,26 @@ def remove_leftover(context: Context, session: Session, place: Place, label: str
     """Remove an image that was never completed. :raises VolumeBusy: it is being worked on"""
     identity = image_id(session, place)
     if identity is not None:
-        with writing(session, place.namespace, identity, label, doing, context.lease, Cancellation()):
+        with writing(session, place.namespace, identity, label, doing, context.lease, Cancellation()) as held:
+            held.check()
             remove_image(session, place)
+
+
+def discard_image(context: Context, session: Session, place: Place, label: str, doing: str, work: Cancellation) -> None:
+    """Remove a replica that has no version: only part of a first one ever came. :raises VolumeBusy: it is in use"""
+    identity = image_id(session, place)
+    if identity is None:
+        return
+    with writing(session, place.namespace, identity, label, doing, context.lease, work) as held:
+        with session.image(place, read_only=False) as image:
+            refuse_users(session, image, label)
+            tidy(session, image, read_catalog(session, image, label))
+            found = read_catalog(session, image, label)
+            if found.image != identity or found.snapshots or found.partial is None:
+                raise VolumeBusy(f"{label} was changed by somebody else just now", hint="run it again")
+            unmark_head(image, found)
+        held.check()
+        remove_image(session, place)
 
 
 @contextmanager
@@ -127,6 +145,11 @@ class Target:
         if stage is Stage.REVERT:
             self._revert(base)
             self.note(replace(partial, stage=Stage.WRITE))
+        self.resize(partial.size)
+
+    def begin_clone(self, partial: Partial) -> None:
+        """Take a head that is what the image is a clone of as what the stream applies to."""
+        self.note(replace(partial, stage=Stage.WRITE))
         self.resize(partial.size)
 
     def put_back(self, partial: Partial) -> None:

@@ -266,6 +266,18 @@ def test_two_passes_find_all_that_changed(
         assert sum(e.length for e in written) <= estimate <= size
 
 
+@given(histories(), st.integers(0, 3000), st.integers(1, 7))
+def test_what_no_object_has_is_looked_for_everywhere(
+    history: tuple[int, list[Extent]], start: int, window: int
+) -> None:
+    size, written = history
+    image: Any = FakeDiff(size, written)
+    diff = Diff(image, size, BASE, size, 100, exact_window=window * 100, has_parent=True, hidden=True)
+    found = list(diff.extents(start))
+    assert not any(extent.zero for extent in found)
+    assert [offset for e in found for offset in range(e.offset, e.end)] == list(range(start, size))
+
+
 def test_ranges_are_cut_to_the_image() -> None:
     ranges = [Range(0, 10), Range(20, 100), Range(200, 5)]
     assert list(selected(ranges, 50, 5)) == [Extent(5, 5), Extent(20, 30)]
