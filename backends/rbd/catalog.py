@@ -354,6 +354,11 @@ def tidy(session: Session, image: Image, catalog: Catalog) -> None:
             unprotect(session, image, catalog, raw)  # it was held already
             image.remove_snap(raw.name)
             forget(image, catalog, raw.id)
+    forget_removed(image, catalog)
+
+
+def forget_removed(image: Image, catalog: Catalog) -> None:
+    """Remove the records of snapshots that somebody else has removed."""
     # Records of newer ones than were listed may belong to a snapshot that was made since.
     newest = catalog.raw[-1].id if catalog.raw else 0
     known = {raw.id for raw in catalog.raw}

@@ -11,6 +11,7 @@ from backends.rbd.catalog import Catalog
 from backends.rbd.changes import Diff, compared, find_changes, selected
 from backends.rbd.cluster import Session
 from backends.rbd.context import Context
+from backends.rbd.presence import require_still_there
 from backends.rbd.reading import Reader
 from replicator.cancellation import Cancellation
 from replicator.checksums import Checksums
@@ -62,6 +63,12 @@ class _Source:
             return None
         base = self.base.raw if self.base is not None else None
         return find_changes(self._session, self.image, self.catalog.raw, base, self.to.raw)
+
+    def require_still_there(self) -> None:
+        """What was read may be believed. :raises NoSuchSnapshot: it was removed meanwhile"""
+        read = [found.raw for found in (self.base, self.to) if found is not None]
+        place = self._context.naming.place(self._volume)
+        require_still_there(self._session, place, self.catalog.image, read, self._context.label(self._volume))
 
     def extents(self, request: SendRequest, start: int, cancel: Cancellation) -> Iterator[Extent]:
         """What the stream carries."""
@@ -124,6 +131,7 @@ def open_stream(context: Context, request: SendRequest, cancel: Cancellation) ->
             for batch, parts in reader.read(found):
                 cancel.check()
                 yield make_chunk(batch, parts, context.checksums, key)
+            source.require_still_there()
 
     def chunks() -> Iterator[BlockChunk]:
         with ahead(make, cancel) as items:
@@ -204,5 +212,7 @@ def _digests(
             cancel.check()
             found += context.checksums.digest_blocks(data, key, block_size=size)
             if extent.end == end or extent.end - first >= _BATCH * unit:
+                if extent.end == end:
+                    source.require_still_there()
                 yield DigestBatch(first, size, bytes(found))
                 first, found = extent.end, bytearray()
