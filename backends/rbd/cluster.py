@@ -96,6 +96,9 @@ class Session:
         """The pool at a namespace."""
         ioctx = self.rados.open_ioctx(self._where.pool)
         try:
+            # A full cluster or pool is an error at once, and what makes room is done all the same. Else librados would
+            # keep every change back until there is room, and end it with a timeout that says nothing of it.
+            ioctx.set_osdmap_full_try()
             if namespace:
                 ioctx.set_namespace(namespace)
             yield ioctx
