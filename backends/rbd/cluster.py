@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from backends.rbd.binding import Binding, Image, Ioctx, Pool, Rados
-from backends.rbd.failures import LOST, not_connected, number, translate
+from backends.rbd.failures import DENIED, LOST, not_connected, number, translate
 from backends.rbd.naming import Place
 from replicator.errors import ReplicatorError, StorageUnavailable
 
@@ -85,7 +85,7 @@ class Session:
         try:
             yield
         except self.binding.errors as error:
-            self.lost = self.lost or number(error) in LOST
+            self.lost = self.lost or number(error) in LOST | DENIED
             raise translate(error, self._storage, str(self._where), doing) from error
         except StorageUnavailable:
             self.lost = True

@@ -141,6 +141,20 @@ def test_a_key_that_is_refused_is_tried_each_time() -> None:
     assert len(binding.made) == 2
 
 
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ESHUTDOWN])
+def test_one_whose_user_may_not_is_made_anew(code: int) -> None:
+    """He may have got the capability since, which only a new connection has."""
+    made, binding, _ = connection(lambda: None)
+    with pytest.raises(StorageError), made.session("asking"):
+        raise CephError(code)
+    ask(made)
+    assert [rados.shut_down for rados in binding.made] == [True, False]
+    with pytest.raises(StorageError), made.session("asking"):
+        raise CephError(errno.ENOENT)
+    ask(made)
+    assert len(binding.made) == 2
+
+
 def test_one_that_was_made_is_shared_and_left_once() -> None:
     begun, go = threading.Event(), threading.Event()
 
