@@ -28,6 +28,16 @@ def number(error: BaseException) -> int:
     return abs(found) if isinstance(found, int) else 0
 
 
+def why(code: int) -> str:
+    """What an errno of an operation means, in words."""
+    meanings = {
+        errno.ESHUTDOWN: "Ceph has blocklisted this connection",
+        errno.ETIMEDOUT: "the OSDs did not answer in time",
+        errno.EPERM: "the cephx user may not do that",
+    }
+    return meanings.get(code) or os.strerror(code)
+
+
 def translate(error: Exception, storage: str, cluster: str, doing: str) -> StorageError:
     """The StorageError for an error of the binding.
 
