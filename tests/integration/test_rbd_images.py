@@ -358,8 +358,22 @@ def test_a_second_node_is_refused_and_told_who_it_is(case: RbdCase) -> None:
 
     receive(case, request, make_stream(make_chunk((0, b"two")), meanwhile=meanwhile))
     other.close()
-    assert all("process" in text and "receiving two" in text for text in refused)
+    assert all("locked by this process itself (receiving two)" in text for text in refused)
     assert refused
+
+
+def test_another_process_is_called_by_its_name(case: RbdCase) -> None:
+    one = first(case)
+    with case.session() as session, case.image(REPLICA.name, read_only=True) as image:
+        place, key = case.naming.place(REPLICA.name), lock_object(image.id())
+        with session.ioctx(place.namespace) as opened:
+            ioctx: Any = opened
+            ioctx.lock_exclusive(key, "replicator", "cookie", "", 600)
+            ioctx.write_full(key, b"prox9, process 17: receiving two\x1b")
+            with pytest.raises(VolumeBusy, match=r"in use by prox9, process 17: receiving two\?, so") as caught:
+                receive(case, asked(make_version("two", SIZE), one), make_stream())
+            assert "wait" in caught.value.hint
+            ioctx.remove_object(key)
 
 
 def test_a_lock_that_is_not_renewed_is_lost(ceph: Cluster) -> None:
