@@ -90,6 +90,14 @@ def ceph() -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.fixture(scope="session")
+def ceph_sites() -> Iterator[dict[str, Cluster]]:
+    """Two clusters for tests of replication from one to the other, and of what happens to either: ``source`` and
+    ``target``, with the pool ``rbd`` each."""
+    with Cluster.up(f"source-{os.getpid()}") as source, Cluster.up(f"target-{os.getpid()}") as target:
+        yield {"source": source, "target": target}
+
+
 def mounted(folder: Path, *mkfs: str, size: int) -> Iterator[Path]:
     """Make a file system in a sparse file below ``folder`` and mount it until the iterator is resumed."""
     image, mount = folder / "fs.img", folder / "mnt"

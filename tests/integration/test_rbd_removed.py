@@ -1,4 +1,4 @@
-"""A snapshot of a real Ceph cluster that is removed while it is read: what is read of it from then on is zeros, or newer
+"""A snapshot of a real Ceph cluster that is removed while it is read: what is read of it then is zeros, or newer
 data, and no error. So nothing that was read is believed then."""
 
 from __future__ import annotations

@@ -1,0 +1,192 @@
+"""Images of one Ceph cluster under random writers, replicated to another one by real daemons on a short schedule."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from replicator.control import State
+from tests.lab.ceph import Cluster
+from tests.support import rbd_writer
+from tests.support.rbd_case import RbdCase
+from tests.support.sites import JOB, MIB, Site, Sites, sites
+
+LOG = logging.getLogger(__name__)
+pytestmark = [pytest.mark.tier("ceph"), pytest.mark.timeout(3600)]
+PAUSE = 1.0
+"""Seconds between two changes of an image, on average."""
+TRUE_WITHIN = 1.0
+"""Seconds that the lag metric may be wrong by."""
+READ = 4 * MIB
+
+
+def create(case: RbdCase, name: str, number: int) -> None:
+    """An image, of one of the kinds that there are."""
+    kinds: tuple[dict[str, Any], ...] = (
+        {"features": 61},
+        {"features": 61, "order": 20},
+        {"features": 1},
+        {"features": 61, "stripe_unit": 65536, "stripe_count": 4},
+        {"features": 5},
+    )
+    with case.session() as session, session.ioctx(case.namespace or "") as ioctx:
+        pool: Any = session.pool
+        pool.create(ioctx, name, 48 * MIB, old_format=False, **{"order": 22, **kinds[number % len(kinds)]})
+
+
+def sha256(site: Site, volume: str, snapshot: str) -> str:
+    """Of all bytes of a snapshot, its length with them. :raises: an error of the binding, if it is gone"""
+    made = hashlib.sha256()
+    with site.case.image(site.volume(volume), read_only=True) as image:
+        image.set_snap(snapshot)
+        size = image.size()
+        for offset in range(0, size, READ):
+            made.update(image.read(offset, min(READ, size - offset)))
+    return f"{size}:{made.hexdigest()}"
+
+
+@dataclass
+class Watch:
+    """Looks at both clusters and at the metrics from outside, while replication goes on.
+
+    :ivar equal: snapshots (volume, name) that are the same on both sides
+    :ivar differ: those that are not
+    :ivar unseen: those that were listed and were gone on one side before they were read there
+    :ivar worst: seconds that the lag metric was wrong by, at most
+    :ivar lags: of every look
+    """
+
+    sites: Sites
+    volumes: list[str]
+    equal: set[tuple[str, str]] = field(default_factory=set)
+    differ: set[tuple[str, str]] = field(default_factory=set)
+    unseen: set[tuple[str, str]] = field(default_factory=set)
+    worst: float = 0.0
+    lags: list[float] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+    failed: list[BaseException] = field(default_factory=list)
+
+    def run(self, do: Callable[[], None]) -> None:
+        """Do it again and again, until ``stop``."""
+        try:
+            while not self.stop.is_set():
+                do()
+        except BaseException as error:
+            self.failed.append(error)
+            raise
+
+    def compare(self) -> None:
+        """Read what came to the target since the last look, on both sides."""
+        for volume in self.volumes:
+            try:
+                names = self.sites.target.snapshots(volume)
+            except Exception as error:  # before its first run
+                if "no such" not in str(error).lower() and "not found" not in str(error).lower():
+                    raise
+                continue
+            for name in names:
+                key = (volume, name)
+                if key in self.equal | self.differ | self.unseen:
+                    continue
+                try:
+                    same = sha256(self.sites.source, volume, name) == sha256(self.sites.target, volume, name)
+                except Exception as error:
+                    if "not found" not in str(error).lower():
+                        raise
+                    self.unseen.add(key)
+                else:
+                    (self.equal if same else self.differ).add(key)
+
+    def newest(self) -> Mapping[str, float]:
+        """When the newest snapshot that the target has of each volume was taken."""
+        found = {}
+        for volume in self.volumes:
+            versions = self.sites.target.catalog(volume).versions
+            found[volume] = max((version.created.timestamp() for version in versions), default=0.0)
+        return found
+
+    def measure(self) -> None:
+        """Read the metrics between two looks at the target cluster. Lag is what it was at some time in between."""
+        before = self.newest()
+        self.stop.wait(TRUE_WITHIN)  # what the target completes is told to the source's node a moment later
+        begin = time.time()
+        metrics = self.sites.metrics()
+        end = time.time()
+        after = self.newest()
+        for volume in self.volumes:
+            lag = metrics[f'replicator_replica_lag_seconds{{job="{JOB}",target="b:copies",volume="vms:{volume}"}}']
+            most, least = end - before[volume], begin - after[volume]
+            self.worst = max(self.worst, lag - most, least - lag)
+            self.lags.append(lag)
+
+
+def test_images_under_random_writers(
+    tmp_path: Path, ceph_sites: Mapping[str, Cluster], count: Callable[[int, int], int]
+) -> None:
+    number, seconds, kept = count(6, 20), count(30, 600), count(6, 30)
+    keep = f'keep = {{source = "last={kept}", target = "last={kept}"}}'
+    job = f'schedule = "{count(5, 10)}s"\nunchanged = "snapshot"\n{keep}'
+    volumes = [f"vm-{n}" for n in range(number)]
+    with sites(tmp_path, ceph_sites, job=job) as pair:
+        pair.a.must("pause", JOB)
+        for n, volume in enumerate(volumes):
+            create(pair.source.case, volume, n)
+        pair.settle()
+        watch = Watch(pair, volumes)
+        guests = rbd_writer.start(pair.source.case, volumes, PAUSE)
+        threads = [threading.Thread(target=watch.run, args=(do,)) for do in (watch.compare, watch.measure)]
+        for thread in threads:
+            thread.start()
+        pair.a.must("resume", JOB)
+        watch.stop.wait(seconds)
+        done = rbd_writer.end(guests)
+        pair.until(lambda rows: all(row.state is State.OK for row in rows), 300)
+        pair.a.must("pause", JOB)
+        watch.stop.set()
+        for thread in threads:
+            thread.join(300)
+        pair.settle()
+        assert not watch.failed
+        watch.stop.clear()
+        watch.compare()
+        LOG.info(
+            "%d changes; %d snapshots are equal, %d differ, %d were gone before they were read; "
+            "lag from %.1f to %.1f s; the metric is wrong by %.2f s at most, in %d looks",
+            done,
+            len(watch.equal),
+            len(watch.differ),
+            len(watch.unseen),
+            min(watch.lags),
+            max(watch.lags),
+            watch.worst,
+            len(watch.lags),
+        )
+        assert not watch.differ
+        assert not watch.unseen
+        assert len(watch.equal) >= number * 3
+        assert watch.worst <= TRUE_WITHIN
+        assert_nothing_leaks(pair, volumes, kept)
+        for volume in volumes:
+            last = pair.common(volume)[-1]
+            with pair.source.case.image(volume, read_only=True) as head:
+                live = head.read(0, head.size())
+            assert pair.target.read(volume, last) == live, "the last state did not arrive"
+
+
+def assert_nothing_leaks(pair: Sites, volumes: list[str], kept: int) -> None:
+    """Snapshots, locks, records: what there is, is what the policy and the next run need."""
+    pair.assert_tidy()
+    for volume in volumes:
+        for site in (pair.source, pair.target):
+            catalog = site.catalog(volume)
+            assert len(catalog.raw) == len(catalog.versions) == min(kept, len(catalog.raw)), site.name
+            holds = [version.name for version in catalog.versions if version.holds]
+            assert holds == [catalog.versions[-1].name], (site.name, holds)
