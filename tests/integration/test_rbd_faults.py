@@ -6,12 +6,12 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
 
 import pytest
 
@@ -101,15 +101,6 @@ def test_a_daemon_of_a_cluster_is_killed_and_started_again(pair: Sites, side: st
         check_error(report, "storage_unavailable", "volume_busy")
     check_complete(pair, before)
     converge(pair)
-
-
-@contextmanager
-def down(cluster: Cluster, daemon: Daemon) -> Iterator[None]:
-    cluster.crash(daemon)
-    try:
-        yield
-    finally:
-        cluster.start(daemon)
 
 
 @pytest.mark.long
@@ -399,7 +390,7 @@ def test_a_daemon_is_killed_at_any_moment(pair: Sites, side: str, count: Callabl
         converge(pair)
 
 
-def kill_during(pair: Sites, side: str, moment: Literal["begin", "middle", "end"] | str, seed: random.Random) -> None:
+def kill_during(pair: Sites, side: str, moment: str, seed: random.Random) -> None:
     """A run in which the daemon of one side dies."""
     node = pair.side(side).node
     after = {"begin": 0, "middle": seed.randrange(4 * MIB, 12 * MIB), "end": 16 * MIB - 1}[moment]
@@ -455,9 +446,7 @@ def to(argv: list[str]) -> list[str]:
 
 def output(site: Site, argv: list[str]) -> str:
     """What a command of RBD writes: text, or the digest of a stream."""
-    import subprocess
-
-    done: Any = subprocess.run(
+    done = subprocess.run(
         ["rbd", "-c", str(site.cluster.conf), *argv],
         capture_output=True,
         check=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -197,3 +198,22 @@ def assert_nothing_leaks(pair: Sites, volumes: list[str], kept: int) -> None:
             assert len(catalog.raw) == len(catalog.versions) == min(kept, len(catalog.raw)), site.name
             holds = [version.name for version in catalog.versions if version.holds]
             assert holds == [catalog.versions[-1].name], (site.name, holds)
+
+
+def test_verification_reads_both_snapshots(tmp_path: Path, ceph_sites: Mapping[str, Cluster]) -> None:
+    """A snapshot whose bytes are wrong, while no diff says so, is found, and made anew from the source."""
+    with sites(tmp_path, ceph_sites) as pair:
+        data = random.Random(7).randbytes(24 * MIB)
+        pair.source.case.create("vm", data)
+        pair.must_sync()
+        newest = pair.target.catalog("vm").versions[-1]
+        pair.target.case.damage("a/vm", newest, 5 * MIB + 17, b"damage")
+        found = pair.a.run("verify", "vms:vm", "--json", timeout=300)
+        assert found.returncode == 3, found.stderr
+        assert str(5 * MIB) in found.stdout
+        pair.a.must("verify", "vms:vm", "--repair", "--yes", timeout=300)
+        pair.a.must("verify", "vms:vm", timeout=300)
+        assert pair.target.case.read_snapshot("a/vm", newest) == data
+        pair.source.case.write("vm", 0, b"more")
+        pair.settle()
+        assert pair.target.read("vm", pair.common("vm")[-1]) == pair.source.case.read("vm")

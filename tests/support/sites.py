@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from tests.support.rbd_case import RbdCase
 
 JOB = "j"
 MIB = 1 << 20
-SYNC_SECONDS = 400.0
 
 
 @dataclass(frozen=True)
@@ -104,15 +103,6 @@ class Site:
         for pid in (self.cluster.conf.parent / "run").glob("*.pid"):
             os.kill(int(pid.read_text()), number)
 
-    def clients(self) -> list[str]:
-        """The addresses of the clients that have an image open for writing."""
-        found = set()
-        with self.case.session() as session:
-            for volume in self.case.backend.volumes():
-                with session.image(self.case.naming.place(volume.id.name)) as image:
-                    found |= {str(watcher["addr"]) for watcher in image.watchers_list()}
-        return sorted(found)
-
     def leftovers(self) -> list[str]:
         """What is there and should not be when nothing runs: a sentence each."""
         found: list[str] = []
@@ -159,7 +149,6 @@ class Sites:
     source: Site
     target: Site
     addresses: tuple[str, str]
-    reports: list[RunReport] = field(default_factory=list)
 
     @property
     def a(self) -> DemoNode:
@@ -187,7 +176,6 @@ class Sites:
         with self.a.control() as control:
             (report,) = control.sync(JOB, None, None, listen, Cancellation())
         assert not waiting, f"the run ended before it could be disturbed: {report}"
-        self.reports.append(report)
         return report
 
     def must_sync(self) -> RunReport:
@@ -265,7 +253,6 @@ def sites(
     *,
     job: str = "",
     users: Mapping[str, Who] | None = None,
-    limits: str = "",
 ) -> Iterator[Sites]:
     """Two joined nodes with running daemons, and a new namespace on both clusters.
 
@@ -282,7 +269,7 @@ def sites(
         cluster=f"{prefix}.0/24",
         http=f"{prefix}.1:9571",
         rest=storage("vms", source, users.get("source", ADMIN))
-        + f'[peer.b]\naddress = "{prefix}.2:8571"\n\n{limits}\n'
+        + f'[peer.b]\naddress = "{prefix}.2:8571"\n\n'
         + f'[job.{JOB}]\nsource = "vms:*"\ntargets = ["b:copies"]\n{schedule}{job}\n',
     )
     b.configure(
@@ -290,7 +277,7 @@ def sites(
         cluster=f"{prefix}.0/24",
         http="",
         rest=storage("copies", target, users.get("target", ADMIN))
-        + f'[peer.a]\naddress = "{prefix}.1:8571"\nmay_push_to = ["copies"]\n\n{limits}',
+        + f'[peer.a]\naddress = "{prefix}.1:8571"\nmay_push_to = ["copies"]\n',
     )
     made = Sites(
         Site("source", clusters["source"], a, source),
