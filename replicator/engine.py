@@ -470,11 +470,8 @@ class Engine:
         places: list[Place] = []
         with suppress(UsageError, ReplicatorError):
             places.append(Place(own, VolumeId.parse(text)))
-        with suppress(NoSuchVolume):
-            for task in self._tasks_of(text, None):
-                pair = task.pair
-                places.append(Place(pair.source, pair.source_volume))
-                places.append(Place(pair.target, pair.target_volume))
+        for job in self._jobs():
+            places += [Place(*copy) for copy in self._runner.tasks.copies(job, text)]
 
         def observe(progress: Progress) -> None:
             listen(progress)

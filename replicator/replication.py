@@ -244,10 +244,15 @@ class ObservedStream(ChunkStream):
         self._watchdog.phase("the target made it durable", limits.prepare)
 
 
+def _nobody_asks(_version: Version) -> None:
+    """For who only wants it done."""
+
+
 class Replication:
     """One run for one pair: plan, transfer step by step, try again where that may help.
 
     :param volumes: shared by those that run or plan together
+    :param arrived: is told each version once the target has it complete; what follows of a run may take its time
     """
 
     def __init__(
@@ -258,6 +263,7 @@ class Replication:
         observer: Observer,
         cancel: Cancellation,
         volumes: Volumes | None = None,
+        arrived: Callable[[Version], None] = _nobody_asks,
     ) -> None:
         self._pair = pair
         self._volumes = volumes or Volumes()
@@ -266,6 +272,7 @@ class Replication:
         self._options = options
         self._observer = observer
         self._cancel = cancel
+        self._arrived = arrived
         self._asked: tuple[Property, ...] | None = None
         self.outcome = Outcome()
 
@@ -369,6 +376,7 @@ class Replication:
                 raise
             self.outcome.steps += 1
             newest = step.to
+            self._arrived(newest)
             self._settle(step, committed)
             if step.resume is not None:
                 return False  # a resumed step finishes what was begun; only now is it known what else there is

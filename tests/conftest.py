@@ -140,3 +140,11 @@ def small_ext4_dir(tmp_path: Path) -> Iterator[Path]:
 def small_xfs_dir(tmp_path: Path) -> Iterator[Path]:
     """An XFS with reflink of 320 MiB (the smallest there is is 300), to be filled up."""
     yield from mounted(tmp_path / "small-xfs", "mkfs.xfs", "-q", "-m", "reflink=1", size=320 << 20)
+
+
+@pytest.fixture(scope="session")
+def ceph_sites() -> Iterator[dict[str, Cluster]]:
+    """Two clusters for tests of replication from one to the other, and of what happens to either: ``source`` and
+    ``target``, with the pool ``rbd`` each."""
+    with Cluster.up(f"source-{os.getpid()}") as source, Cluster.up(f"target-{os.getpid()}") as target:
+        yield {"source": source, "target": target}

@@ -370,6 +370,12 @@ def anchor_of(snapshots: Iterable[RawSnapshot], grouped: RawSnapshot) -> RawSnap
     return max(named, key=lambda raw: raw.id, default=None)
 
 
+def told_from(snapshots: Iterable[RawSnapshot], base: RawSnapshot) -> tuple[RawSnapshot, ...]:
+    """What must be there for differences from a snapshot to be told: it, and the anchor of one of a group."""
+    anchor = anchor_of(snapshots, base) if base.grouped else None
+    return (base,) if anchor is None else (anchor, base)
+
+
 def needless(snapshots: Sequence[RawSnapshot]) -> list[RawSnapshot]:
     """Those of ours that were taken before one of a group, and no such one needs (any more)."""
     anchors = {anchor_of(snapshots, raw) for raw in snapshots if raw.grouped}
@@ -398,6 +404,11 @@ def tidy(session: Session, image: Image, catalog: Catalog) -> None:
             unprotect(session, image, catalog, raw)  # it was held already
             image.remove_snap(raw.name)
             forget(image, catalog, raw.id)
+    forget_removed(image, catalog)
+
+
+def forget_removed(image: Image, catalog: Catalog) -> None:
+    """Remove the records of snapshots that somebody else has removed."""
     # Records of newer ones than were listed may belong to a snapshot that was made since.
     newest = catalog.raw[-1].id if catalog.raw else 0
     known = {raw.id for raw in catalog.raw}

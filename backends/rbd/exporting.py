@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from backends.rbd.binding import Image
-from backends.rbd.catalog import RawSnapshot
+from backends.rbd.catalog import Catalog, RawSnapshot
+from backends.rbd.cluster import Session
 from backends.rbd.context import Context
+from backends.rbd.presence import require_still_there
 from backends.rbd.reading import Reader
 from replicator.cancellation import Cancellation
 from replicator.diff_format import Piece
@@ -46,7 +48,21 @@ def open_diff(
             )
         image.set_snap_by_id(later.raw.id)
         size = image.size()
-        yield _read(Reader(image, size, label, cancel), _records(image, size, earlier, cancel))
+        pieces = _read(Reader(image, size, label, cancel), _records(image, size, earlier, cancel))
+        yield _believed(context, session, volume, catalog, [s for s in (earlier, later.raw) if s is not None], pieces)
+
+
+def _believed(
+    context: Context,
+    session: Session,
+    volume: str,
+    catalog: Catalog,
+    snapshots: Sequence[RawSnapshot],
+    pieces: Iterator[Piece],
+) -> Iterator[Piece]:
+    """Them, and an error behind the last one where a snapshot was removed meanwhile: then the diff has no end."""
+    yield from pieces
+    require_still_there(session, context.naming.place(volume), catalog.image, snapshots, catalog.label)
 
 
 def _records(image: Image, size: int, base: RawSnapshot | None, cancel: Cancellation) -> Iterator[Extent]:

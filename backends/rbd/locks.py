@@ -119,12 +119,22 @@ class _Holder:
             except self._session.binding.errors as error:
                 if number(error) not in (errno.EBUSY, errno.EEXIST):
                     raise
-                raise VolumeBusy(
-                    f"{label} is in use by {self._description()}, so {doing} cannot begin",
-                    hint=f"wait until it is done; a process that died loses the volume after {self._lease.duration} s",
-                ) from None
-            who = f"{socket.gethostname()}, process {os.getpid()}: {doing}"
+                raise self._busy(label, doing) from None
+            who = f"{_this_process()}: {doing}"
             ioctx.write_full(self._key, who.encode()[:_MAX_DESCRIPTION])
+
+    def _busy(self, label: str, doing: str) -> VolumeBusy:
+        found, seconds = self._description(), self._lease.duration
+        before, own, what = found.partition(f"{_this_process()}: ")
+        if own and not before:
+            return VolumeBusy(
+                f"{label} is locked by this process itself ({what}), so {doing} cannot begin",
+                hint=f"it goes on by itself: when that is done, or {seconds} s after its connection to Ceph was lost",
+            )
+        return VolumeBusy(
+            f"{label} is in use by {found}, so {doing} cannot begin",
+            hint=f"wait until it is done; a process that died loses the volume after {seconds} s",
+        )
 
     def _description(self) -> str:
         with self._session.ioctx(self._namespace, self._pool) as ioctx:
@@ -193,6 +203,10 @@ def _lost(label: str, why: str) -> StorageUnavailable:
         f"{label}: this node's lock of it could not be renewed, so the work was stopped: {why}",
         hint="see `ceph -s`; it is tried again",
     )
+
+
+def _this_process() -> str:
+    return f"{socket.gethostname()}, process {os.getpid()}"
 
 
 def _string(text: str) -> bytes:

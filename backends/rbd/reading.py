@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import queue
 import time
 from collections import deque
@@ -12,8 +11,9 @@ from dataclasses import dataclass, field
 
 from backends.rbd.binding import Completion, Image
 from backends.rbd.cluster import OSD_SECONDS
+from backends.rbd.failures import DENIED, why
 from replicator.cancellation import Cancellation
-from replicator.errors import DamagedData, StorageUnavailable
+from replicator.errors import DamagedData, StorageError, StorageUnavailable
 from replicator.streams import Extent
 
 DEPTH = 16
@@ -131,13 +131,18 @@ class Reader:
         extent = batch.extents[index]
         status = completion.get_return_value()
         if status < 0 or data is None or len(data) != extent.length:
-            why = os.strerror(-status) if status < 0 else f"{0 if data is None else len(data)} of {extent.length} bytes"
+            reason = why(-status) if status < 0 else f"{0 if data is None else len(data)} of {extent.length} bytes"
             if status < 0 and -status in _TEMPORARY:
                 raise StorageUnavailable(
-                    f"{self._label}: reading failed: {why}", hint="see `ceph -s`; it is tried again"
+                    f"{self._label}: reading failed: {reason}", hint="see `ceph -s`; it is tried again"
+                )
+            if -status in DENIED:
+                raise StorageError(
+                    f"{self._label} cannot be read: {reason}",
+                    hint="`replicator check` says which capabilities it lacks; see Ceph RBD in the README",
                 )
             raise DamagedData(
-                f"{self._label} cannot be read at byte {extent.offset}: {why}",
+                f"{self._label} cannot be read at byte {extent.offset}: {reason}",
                 hint="see `ceph health detail`; a replica elsewhere can replace it",
             )
         batch.parts[index] = data

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from backends.blocks import ChunkChecker
 from backends.chunks import batches, runs
 from backends.rbd.binding import Image
-from backends.rbd.catalog import Catalog, RawSnapshot
+from backends.rbd.catalog import Catalog, RawSnapshot, told_from
 from backends.rbd.changes import find_changes
 from backends.rbd.cluster import Session
 from backends.rbd.context import Context
 from backends.rbd.naming import Place
+from backends.rbd.presence import require_still_there
 from backends.rbd.reading import Reader
 from backends.rbd.writing import Writer
 from replicator.cancellation import Cancellation
@@ -115,6 +116,8 @@ def copy_back(
 
     What was written since is read from the snapshot and written again: so what did not change is neither read nor
     written, and an interrupted one is simply done again.
+
+    :raises NoSuchSnapshot: it was removed meanwhile, so what the head is now nobody knows
     """
     with session.image(place) as looking, session.image(place) as old:
         diff = find_changes(session, looking, catalog.raw, base, None)
@@ -128,6 +131,7 @@ def copy_back(
                 for extent, data in zip(extents, parts, strict=True):
                     _write_back(writer, extent, data)
             writer.finish()
+    require_still_there(session, place, catalog.image, told_from(catalog.raw, base), catalog.label)
 
 
 def _write_back(writer: Writer, extent: Extent, data: bytes) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from backends.rbd import records
 from backends.rbd.binding import Image
-from backends.rbd.catalog import Catalog, read_catalog
+from backends.rbd.catalog import Catalog, forget_removed, read_catalog
 from backends.rbd.changes import head_changed
 from backends.rbd.cluster import Session, exists_already
 from backends.rbd.context import Context
@@ -52,7 +52,9 @@ def _take(session: Session, image: Image, catalog: Catalog, name: str) -> Versio
     except session.binding.errors as error:
         if not exists_already(error):
             raise
-    made = read_catalog(session, image, catalog.label).named(name)
+    found = read_catalog(session, image, catalog.label)
+    forget_removed(image, found)  # by hand, with what we had noted of them
+    made = found.named(name)
     if made is None:
         raise SnapshotExists(
             f"{catalog.label} has a snapshot called {name} that belongs to a group, to mirroring or to the trash",

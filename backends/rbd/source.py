@@ -8,11 +8,12 @@ from contextlib import ExitStack
 from backends.blocks import merged
 from backends.chunks import batches, without_zeros
 from backends.rbd.binding import Image
-from backends.rbd.catalog import Catalog, Snapshot
+from backends.rbd.catalog import Catalog, RawSnapshot, Snapshot, told_from
 from backends.rbd.changes import CloneDiff, Diff, compared, find_changes, find_own, selected
 from backends.rbd.cluster import Session
 from backends.rbd.context import Context
 from backends.rbd.parents import OpenParent, opened_parent
+from backends.rbd.presence import require_still_there
 from backends.rbd.reading import Reader
 from backends.requests import check_digests, check_offset, opened_stream, resume_offset
 from replicator.cancellation import Cancellation
@@ -75,6 +76,17 @@ class _Source:
             return None
         found = find_changes(self._session, self.image, raw, self.base.raw if self.base else None, self.to.raw)
         return None if found.hidden else found
+
+    def require_still_there(self) -> None:
+        """What was read may be believed. :raises NoSuchSnapshot: it was removed meanwhile"""
+        base = told_from(self.catalog.raw, self.base.raw) if self.base is not None else ()
+        self._require(self._volume, self.catalog.image, (*base, self.to.raw))
+        if self.origin is not None:  # one that was removed while it has clones lives on in the trash, and counts
+            self._require(self.origin.volume, self.origin.catalog.image, (self.origin.snapshot.raw,))
+
+    def _require(self, volume: str, image: str, read: Sequence[RawSnapshot]) -> None:
+        place, label = self._context.naming.place(volume), self._context.label(volume)
+        require_still_there(self._session, place, image, read, label)
 
     def extents(self, request: SendRequest, start: int, cancel: Cancellation) -> Iterator[Extent]:
         """What the stream carries."""
@@ -142,6 +154,7 @@ def open_stream(context: Context, request: SendRequest, cancel: Cancellation) ->
             for batch, parts in reader.read(found):
                 cancel.check()
                 yield make_chunk(batch, parts, context.checksums, key)
+            source.require_still_there()
 
     return opened_stream(make, cancel, estimate=size, on_close=opened.close)
 
@@ -197,5 +210,7 @@ def _digests(
             cancel.check()
             found += context.checksums.digest_blocks(data, key, block_size=size)
             if extent.end == end or extent.end - first >= _BATCH * unit:
+                if extent.end == end:
+                    source.require_still_there()
                 yield DigestBatch(first, size, bytes(found))
                 first, found = extent.end, bytearray()

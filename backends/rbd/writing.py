@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import queue
 import time
 from collections import deque
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 
 from backends.rbd.binding import Completion, Image
 from backends.rbd.cluster import OSD_SECONDS
-from backends.rbd.failures import LOST
+from backends.rbd.failures import LOST, why
 from replicator.cancellation import Cancellation
 from replicator.errors import NoSpace, ReplicatorError, StorageError, StorageUnavailable, VolumeBusy
 from replicator.streams import Buffer
@@ -168,16 +167,16 @@ def _zeroing(image: Image, offset: int, length: int) -> Callable[[Callable[[Comp
 
 
 def _failure(label: str, code: int) -> ReplicatorError:
-    why = os.strerror(code)
+    reason = why(code)
     if code in _FULL:
         return NoSpace(
-            f"{label}: writing failed: the cluster is full, or the pool's quota is reached ({why})",
+            f"{label}: writing failed: the cluster is full, or the pool's quota is reached ({reason})",
             hint="see `ceph df`; what was received so far is kept",
         )
     if code in LOST:
-        return StorageUnavailable(f"{label}: writing failed: {why}", hint="see `ceph -s`; it is tried again")
+        return StorageUnavailable(f"{label}: writing failed: {reason}", hint="see `ceph -s`; it is tried again")
     if code in _TAKEN:
         return VolumeBusy(
-            f"{label}: writing failed: another client took the image's lock ({why})", hint="`rbd status` shows who"
+            f"{label}: writing failed: another client took the image's lock ({reason})", hint="`rbd status` shows who"
         )
-    return StorageError(f"{label}: writing failed: {why}", hint="see `ceph -s` and `rbd info` of the image")
+    return StorageError(f"{label}: writing failed: {reason}", hint="see `ceph -s` and `rbd info` of the image")

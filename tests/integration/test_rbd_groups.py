@@ -412,9 +412,7 @@ def test_two_at_once(case: RbdCase, ceph: Cluster) -> None:
 
 def test_the_documented_rights_are_enough(case: RbdCase, ceph: Cluster) -> None:
     make(case)
-    keyring = ceph.user(
-        "grouper", mon="profile rbd", osd=f"profile rbd pool={case.pool}", mgr=f"profile rbd pool={case.pool}"
-    )
+    keyring = ceph.user("grouper", mon="profile rbd", osd=f"profile rbd pool={case.pool}")
     backend = case.open(case.where("grouper", keyring))
     taken = backend.snapshot_each([(backend, VOLUMES)], "one")
     assert [each.error for each in taken] == [None] * 3
