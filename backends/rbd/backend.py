@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 
 from backends.base import OneByOne
-from backends.rbd import binding, catalog, health, records, replica, snapshotting, source
+from backends.rbd import binding, catalog, health, records, replica, roles, snapshotting, source
 from backends.rbd.binding import Binding, Image
 from backends.rbd.catalog import Catalog, now_utc, read_catalog
 from backends.rbd.changes import head_changed
@@ -215,6 +215,17 @@ class RbdBackend(OneByOne):
             self._context.opened(session, volume, read_only=False) as (image, found),
         ):
             image.metadata_set(records.LINEAGE, records.encode_lineage(lineage, found.image))
+
+    def promote(self, volume: str, lineage: Lineage, at: VersionRef) -> None:
+        """See :class:`~backends.base.Backend`."""
+        roles.change(self._context, volume, lineage, at)
+
+    def demote(self, volume: str, lineage: Lineage, at: VersionRef | None) -> None:
+        """See :class:`~backends.base.Backend`."""
+        if at is None:
+            self.set_lineage(volume, lineage)
+        else:
+            roles.change(self._context, volume, lineage, at)
 
     def hold(self, volume: str, version: VersionRef, tag: str) -> None:
         """See :class:`~backends.base.Backend`."""
