@@ -122,6 +122,25 @@ class VolumeLocks:
             self._changed.wait_for(lambda: self._busy.get(volume) is not work, max(0.0, deadline - time.monotonic()))
 
 
+class RoleChanges:
+    """Counts how often the role or epoch of any copy was changed, or one was made. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+
+    @property
+    def count(self) -> int:
+        """So far, in this process."""
+        with self._lock:
+            return self._count
+
+    def add(self) -> None:
+        """One more."""
+        with self._lock:
+            self._count += 1
+
+
 @dataclass(frozen=True, slots=True)
 class PeerView:
     """What this node does for a peer of what the peer has a right to ask, and how.
@@ -154,6 +173,7 @@ class LocalEndpoint:
     :param zone: the time zone in which the hours, days and weeks of a retention policy begin
     :param view: whom it is for, where that is a peer (:meth:`for_peer`)
     :param witness: looks for a third node, see :meth:`~replicator.endpoint.Endpoint.sight`; None: it cannot
+    :ivar role_changes: of this node, whoever asked for them
     """
 
     def __init__(
@@ -165,6 +185,7 @@ class LocalEndpoint:
         view: PeerView | None = None,
         locks: VolumeLocks | None = None,
         witness: Callable[[str, str], Sighting] | None = None,
+        role_changes: RoleChanges | None = None,
     ) -> None:
         self._node = names.check_node(node)
         self._backends = dict(backends)
@@ -172,10 +193,19 @@ class LocalEndpoint:
         self._view = view
         self._locks = locks or VolumeLocks()
         self._witness = witness
+        self.role_changes = role_changes or RoleChanges()
 
     def for_peer(self, view: PeerView, witness: Callable[[str, str], Sighting] | None = None) -> LocalEndpoint:
         """The same node, as a peer gets to ask it."""
-        return LocalEndpoint(self._node, self._backends, zone=self._zone, view=view, locks=self._locks, witness=witness)
+        return LocalEndpoint(
+            self._node,
+            self._backends,
+            zone=self._zone,
+            view=view,
+            locks=self._locks,
+            witness=witness,
+            role_changes=self.role_changes,
+        )
 
     @property
     def node(self) -> str:
@@ -284,6 +314,7 @@ class LocalEndpoint:
                 return again
             lineage = Lineage(str(uuid.uuid4()), Role.PRIMARY, 1)
             self._of(volume).set_lineage(volume.name, lineage)
+        self.role_changes.add()
         return lineage
 
     def snapshot(self, request: SnapshotRequest) -> tuple[Taken, ...]:
@@ -395,6 +426,8 @@ class LocalEndpoint:
                 if there is not None and there.lineage is None:
                     there = backend.state(request.volume.name)
                 check_may_receive(request.volume, there, request.lineage, request.to.guid)
+                if there is None or there.lineage is None or there.lineage.epoch != request.lineage.epoch:
+                    self.role_changes.add()
             return backend.receive(request, stream, part)
 
     def _check_protectable(self, volume: VolumeId) -> None:
@@ -414,6 +447,7 @@ class LocalEndpoint:
         with self._locks.writing(volume, "keeping its own data aside"):
             self._check_changeable(volume)
             self._check_not_primary(volume)
+            self.role_changes.add()
             return self._of(volume).set_aside(volume.name, name)
 
     def adopt(self, volume: VolumeId, lineage: Lineage) -> None:
@@ -427,6 +461,7 @@ class LocalEndpoint:
             replica = Lineage(lineage.uuid, Role.REPLICA, lineage.epoch)
             if current != replica:
                 self._of(volume).set_lineage(volume.name, replica)
+                self.role_changes.add()
 
     def _check_not_primary(self, volume: VolumeId) -> None:
         """:raises NotAReplica: a peer asks for what ends a primary: that takes a change of role, or this node"""
@@ -462,6 +497,7 @@ class LocalEndpoint:
                 backend.demote(volume.name, new, change.at)
             elif wanted:
                 backend.set_lineage(volume.name, new)
+        self.role_changes.add()
         return new
 
     def _check_may_change(self, change: RoleChange) -> None:

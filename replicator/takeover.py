@@ -88,6 +88,26 @@ def step_down(endpoint: Endpoint, volume: VolumeId, lineage: Lineage, at: Versio
     )
 
 
+def notice_superseded(pair: Pair) -> bool:
+    """Mark a primary as a replica that another copy has superseded, so that nothing snapshots or prunes it any more,
+    and it is read-only where the storage can; whether it is one. Its live data stays as it is, for :func:`rejoin`.
+
+    :raises ReplicatorError: one of the two sides cannot be looked at, or not be changed
+    """
+    source = pair.source.state(pair.source_volume)
+    target = pair.target.state(pair.target_volume)
+    ours, theirs = source.lineage if source else None, target.lineage if target else None
+    if ours is None or theirs is None or ours.uuid != theirs.uuid or theirs.epoch <= ours.epoch:
+        return False
+    if ours.role is Role.PRIMARY:
+        step_down(pair.source, pair.source_volume, ours, None)
+        logs.event(
+            LOG, logging.WARNING, "superseded", volume=pair.source_volume, epoch=ours.epoch, by=pair.target_text,
+            newer=theirs.epoch,
+        )  # fmt: skip
+    return True
+
+
 # -- switch-over
 
 

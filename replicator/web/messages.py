@@ -26,6 +26,8 @@ from replicator.control import (
     PruneReport,
     Restored,
     ResyncPreview,
+    RolePreview,
+    RoleReport,
     RunReport,
     SideSnapshots,
     Status,
@@ -168,6 +170,8 @@ RESYNCS = TypeAdapter(tuple[Resync, ...])
 VERIFICATIONS = TypeAdapter(tuple[Verification, ...])
 PRUNES = TypeAdapter(tuple[PruneReport, ...])
 RESTORED = TypeAdapter(Restored)
+ROLE_PREVIEW = TypeAdapter(RolePreview)
+ROLE_REPORT = TypeAdapter(RoleReport)
 
 _HAPPENINGS: tuple[tuple[str, type[Happening], TypeAdapter[Any]], ...] = (
     ("progress", Progress, TypeAdapter(Progress)),

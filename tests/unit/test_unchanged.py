@@ -487,7 +487,6 @@ def test_what_a_target_in_conflict_may_continue_from_is_not_pruned(by: str) -> N
             name = snapshot_name("vms", world.now)
             world.endpoints["a"].snapshot(SnapshotRequest((VolumeId("store", "vm-1"),), name))
             tasks = world.runner.tasks.of(world.job, "store:vm-1")
-            volume = VolumeId("store", "vm-1")
-            world.endpoints["a"].prune(source_request(world.job, volume, world.runner.surveys.protected(tasks)))
+            world.endpoints["a"].prune(source_request(tasks[0], world.runner.surveys.protected(tasks)))
     assert world.snapshots("a")[:2] == [older, newest], "the last that both have, and the one that is held"
     assert len(world.snapshots("a")) == 4
