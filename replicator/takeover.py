@@ -163,6 +163,7 @@ class Switchover:
         """
         switch = self._next()
         if switch.move is Move.REPLICATE:
+            self._ask_leave()
             self._bring()
             with self._quiesced():
                 self._hand_over()
@@ -179,6 +180,15 @@ class Switchover:
         if isinstance(found, Refusal):
             raise found.to_error()
         return found
+
+    def _ask_leave(self) -> None:
+        """Ask both sides for a change that changes nothing: a right that is missing, or a peer too old to know of
+        roles, is better found out now than when there is no primary."""
+        pair = self._pair
+        for endpoint, volume in ((pair.source, pair.source_volume), (pair.target, pair.target_volume)):
+            state = endpoint.state(volume)
+            if state is not None and state.lineage is not None:
+                endpoint.change_role(RoleChange(volume, state.lineage, state.lineage))
 
     def _hand_over(self) -> None:
         """Bring the last changes over and have the primary step down; where that fails, it is the primary as before."""

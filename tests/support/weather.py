@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any, cast
 
 from replicator.endpoint import Endpoint, Sighting
-from replicator.errors import ConnectionLost, DeadlineExceeded, PeerUnreachable, ReplicatorError
+from replicator.errors import ConnectionLost, DeadlineExceeded, PeerUnreachable, ReplicatorError, VolumeBusy
 from replicator.local import LocalEndpoint, PeerView
 from replicator.streams import Chunk, ChunkStream, Stream
 from tests.support.faults import Crash
@@ -30,9 +30,11 @@ class Trouble(StrEnum):
     LATE = "the request is delayed, and done long after the driver gave it up"
     TWICE = "the request comes twice"
     CUT = "the stream ends in the middle"
+    REFUSED = "the storage is busy"
 
 
-LOCAL = (Trouble.CRASH_BEFORE, Trouble.CRASH_AFTER)
+LOCAL = (Trouble.CRASH_BEFORE, Trouble.CRASH_AFTER, Trouble.REFUSED)
+"""What can happen to calls of a driver's own node as well."""
 
 
 @dataclass(slots=True)
@@ -58,13 +60,16 @@ class Weather:
 
     :ivar off: nodes without power
     :ivar cut: pairs of nodes without a cable
+    :ivar faults: still to come, one after the other
+    :ivar calls: made so far that a fault could have hit
     :ivar late: requests that are still on their way
     """
 
     nodes: dict[str, LocalEndpoint] = field(default_factory=dict)
     off: set[str] = field(default_factory=set)
     cut: set[frozenset[str]] = field(default_factory=set)
-    fault: Fault | None = None
+    faults: list[Fault] = field(default_factory=list)
+    calls: int = 0
     late: list[Callable[[], object]] = field(default_factory=list)
 
     def reaches(self, one: str, other: str) -> bool:
@@ -97,16 +102,15 @@ class Weather:
         """Everything works again."""
         self.off.clear()
         self.cut.clear()
-        self.fault = None
+        self.faults = []
         self.deliver()
 
     def take(self, call: str, remote: bool) -> Trouble | None:
         """The trouble of this call."""
-        fault = self.fault
-        if fault is None or not fault.hits(call, remote):
+        self.calls += call not in QUESTIONS
+        if not self.faults or not self.faults[0].hits(call, remote):
             return None
-        self.fault = None
-        return fault.trouble
+        return self.faults.pop(0).trouble
 
 
 class Link:
@@ -138,6 +142,8 @@ class Link:
         match trouble:
             case Trouble.CRASH_BEFORE:
                 raise Crash("kill -9")
+            case Trouble.REFUSED:
+                raise VolumeBusy("the storage is busy", hint="")
             case Trouble.LOST:
                 raise ConnectionLost("the request was lost", hint="")
             case Trouble.LATE:

@@ -28,7 +28,7 @@ from replicator.cancellation import Cancellation
 from replicator.endpoint import PruneRequest, SnapshotRequest
 from replicator.errors import ConflictError, ReplicatorError
 from replicator.local import LocalEndpoint
-from replicator.model import Lineage, Role, Version, VolumeId, VolumeState, hold_tag, snapshot_name
+from replicator.model import HoldTag, Lineage, Role, Version, VolumeId, VolumeState, hold_tag, snapshot_name
 from replicator.planning import Intermediates, SendPolicy, newest_common, protected_guids
 from replicator.replication import Limits, Options, Pair, Replication
 from replicator.roles import newest_complete
@@ -48,7 +48,7 @@ POLICY = SendPolicy(Intermediates.NEWEST, JOB)
 
 nodes = st.sampled_from(NODES)
 some = st.builds(Fault, st.sampled_from(Trouble), st.integers(0, 12))
-faults = st.none() | some | some
+faults = st.lists(some, max_size=2)
 
 
 class Impatient(Cancellation):
@@ -94,9 +94,9 @@ class Roles(RuleBasedStateMachine):
         self.weather.nodes["n1"].ensure_primary(OWN)
         self.write("n1", 0)
         self.snapshot("n1")
-        self.sync("n1", "n2", "n1", None)
+        self.sync("n1", "n2", "n1", [])
         if second:
-            self.sync("n1", "n3", "n1", None)
+            self.sync("n1", "n3", "n1", [])
 
     # -- looking
 
@@ -129,14 +129,14 @@ class Roles(RuleBasedStateMachine):
         return self.known[node].memory.read(self.volume(node).name)
 
     @contextlib.contextmanager
-    def failing(self, fault: Fault | None) -> Iterator[None]:
+    def failing(self, faults: list[Fault]) -> Iterator[None]:
         """Whatever comes of it; what was done by then has been done."""
-        self.weather.fault = fault
+        self.weather.faults = [*faults]
         try:
             with contextlib.suppress(Crash, ReplicatorError):
                 yield
         finally:
-            self.weather.fault = None
+            self.weather.faults = []
             self.note_versions()
 
     def note_versions(self) -> None:
@@ -181,6 +181,18 @@ class Roles(RuleBasedStateMachine):
             if not outcome.kept:
                 self.known[node].pruned.add(outcome.version.guid)
 
+    @rule(node=nodes)
+    def tidy(self, node: str) -> None:
+        """The daemon releases what no job of its node holds, as that of a promoted copy's former primary."""
+        lineage, state = self.lineage(node), self.state(node)
+        if lineage is None or state is None or lineage.role is not Role.PRIMARY or node in self.weather.off:
+            return
+        for version in state.versions:
+            for tag in version.tags:
+                parsed = HoldTag.parse(tag)
+                if parsed is not None and parsed.node == node:
+                    self.weather.nodes[node].release(self.volume(node), version.ref, tag)
+
     @rule(node=nodes, on=st.booleans())
     def power(self, node: str, on: bool) -> None:
         (self.weather.off.discard if on else self.weather.off.add)(node)
@@ -202,13 +214,13 @@ class Roles(RuleBasedStateMachine):
     def options(self) -> Options:
         return Options(POLICY, Limits(attempts=1))
 
-    @rule(source=nodes, to=nodes, driver=nodes, fault=faults)
-    def sync(self, source: str, to: str, driver: str, fault: Fault | None) -> None:
+    @rule(source=nodes, to=nodes, driver=nodes, faults=faults)
+    def sync(self, source: str, to: str, driver: str, faults: list[Fault]) -> None:
         lineage = self.lineage(source)
         if source == to or driver not in (source, to) or driver in self.weather.off or lineage is None:
             return
         before = self.primaries()
-        with self.failing(fault):
+        with self.failing(faults):
             replication = Replication(
                 self.pair(source, to, driver), self.options(), observer=lambda _: None, cancel=Impatient()
             )
@@ -236,13 +248,13 @@ class Roles(RuleBasedStateMachine):
     def draw(self, below: int) -> int:
         return next(self.numbers) % below
 
-    @rule(node=nodes, force=st.booleans(), word=st.booleans(), fault=faults)
-    def promote(self, node: str, force: bool, word: bool, fault: Fault | None) -> None:
+    @rule(node=nodes, force=st.booleans(), word=st.booleans(), faults=faults)
+    def promote(self, node: str, force: bool, word: bool, faults: list[Fault]) -> None:
         if self.state(node) is None or node in self.weather.off:
             return
         before, reached = self.primaries(), self.reached_from(node)
         answering = {other for other in reached & set(before) if self.epoch(other) >= self.epoch(node)}
-        with self.failing(fault):
+        with self.failing(faults):
             plan = plan_promotion(self.situation(node), draw=self.draw(10**6), force=force, primary_is_down=word)
             if isinstance(plan, Promotion):
                 takeover.promote(self.weather.link(node, node), plan, aside_name(self.now), lambda: None)
@@ -254,25 +266,25 @@ class Roles(RuleBasedStateMachine):
         first = {other for other in NODES if self.weather.reaches(node, other)}
         return {other for other in NODES for way in first if self.weather.reaches(way, other)}
 
-    @rule(node=nodes, fault=faults)
-    def demote(self, node: str, fault: Fault | None) -> None:
+    @rule(node=nodes, faults=faults)
+    def demote(self, node: str, faults: list[Fault]) -> None:
         lineage = self.lineage(node)
         if lineage is None or lineage.role is not Role.PRIMARY or node in self.weather.off:
             return
         self.snapshot(node)
-        with self.failing(fault):
+        with self.failing(faults):
             state = self.state(node)
             newest = newest_complete(state) if state is not None else None
             takeover.step_down(self.weather.link(node, node), self.volume(node), lineage, newest)
 
-    @rule(source=nodes, to=nodes, driver=nodes, fault=faults)
-    def switchover(self, source: str, to: str, driver: str, fault: Fault | None) -> None:
+    @rule(source=nodes, to=nodes, driver=nodes, faults=faults)
+    def switchover(self, source: str, to: str, driver: str, faults: list[Fault]) -> None:
         if source == to or driver not in (source, to) or self.state(source) is None:
             return
         if driver in self.weather.off or self.state(to) is None:
             return
         before = self.primaries()
-        with self.failing(fault):
+        with self.failing(faults):
             if superseded(self.situation(driver)) is None:
                 self.switch(self.pair(source, to, driver))
                 assert set(self.primaries()) - set(before) <= {to}
@@ -289,14 +301,14 @@ class Roles(RuleBasedStateMachine):
 
         takeover.Switchover(pair, bring, draw=self.draw, cancel=Impatient()).run()
 
-    @rule(node=nodes, source=nodes, fault=faults)
-    def rejoin(self, node: str, source: str, fault: Fault | None) -> None:
+    @rule(node=nodes, source=nodes, faults=faults)
+    def rejoin(self, node: str, source: str, faults: list[Fault]) -> None:
         if node == source or node in self.weather.off or self.state(node) is None:
             return
         before = self.primaries()
         if self.weather.reaches(node, source):
             self.snapshot(source)
-        with self.failing(fault):
+        with self.failing(faults):
             self.follow(node, source)
         assert set(self.primaries()) <= set(before)
 
@@ -364,11 +376,11 @@ class Roles(RuleBasedStateMachine):
             self.snapshot(primary)
             if self.state(node) is not None:
                 self.follow(node, primary)
-            self.sync(primary, node, primary, None)
+            self.sync(primary, node, primary, [])
         newest = newest_complete(self.state_of(primary))
         assert newest is not None
         for node in NODES:
-            self.sync(primary, node, node, None)
+            self.sync(primary, node, node, [])
             state = self.state_of(node)
             assert (last := newest_complete(state)) is not None
             assert last.guid == newest.guid
