@@ -8,10 +8,10 @@ from backends.memory import MemoryBackend
 from backends.zfs import ZfsBackend
 from replicator import config
 from replicator.cancellation import Cancellation
-from replicator.endpoint import DigestRequest, PruneOutcome, PruneRequest
-from replicator.errors import NotReadable
+from replicator.endpoint import DigestRequest, PruneOutcome, PruneRequest, RoleChange
+from replicator.errors import NotAReplica, NotReadable, Unsupported
 from replicator.local import LocalEndpoint, PeerView
-from replicator.model import Lineage, Role, VolumeId, hold_tag, snapshot_name
+from replicator.model import Lineage, Role, VolumeId, hold_tag, rejoin_tag, snapshot_name
 from replicator.nodes import endpoint_for_peers
 from tests.support.blocks import KEY, pattern
 from tests.support.versions import LINEAGE, at
@@ -95,6 +95,54 @@ def test_a_peer_prunes_its_replicas(memory: MemoryBackend) -> None:
         assert len(going(view(memory), THEIRS, job)) == 2
     memory.set_lineage(THEIRS.name, Lineage(LINEAGE, Role.PRIMARY, 2))
     assert going(view(memory), THEIRS, "pull") == [], "after a promotion it is this node's"
+
+
+def test_a_peer_does_not_end_a_primary_but_by_a_change_of_role(memory: MemoryBackend) -> None:
+    primary, follower = Lineage(LINEAGE, Role.PRIMARY, 2), Lineage(LINEAGE, Role.REPLICA, 2)
+    memory.set_lineage(THEIRS.name, primary)
+    with pytest.raises(NotAReplica) as caught:
+        view(memory).set_aside(THEIRS, "diverged-now")
+    assert "demote" in caught.value.hint
+    with pytest.raises(NotAReplica):
+        view(memory).adopt(THEIRS, Lineage(LINEAGE, Role.PRIMARY, 3))
+    state = memory.state(THEIRS.name)
+    assert state is not None
+    assert state.lineage == primary
+    newest = state.snapshots[-1].ref
+    down = RoleChange(THEIRS, primary, follower, newest)
+    with pytest.raises(NotAReplica, match="never replicated here"):
+        view(memory).change_role(down)
+    with pytest.raises(NotAReplica, match="never replicated here"):
+        view(memory).change_role(RoleChange(OWN, Lineage(LINEAGE, Role.PRIMARY, 1), follower, newest))
+    memory.hold(THEIRS.name, newest, hold_tag("pull", "prox1", "store"))
+    assert view(memory).change_role(down) == follower
+
+
+def test_a_peer_that_only_pushes_prunes_no_primary(memory: MemoryBackend) -> None:
+    memory.set_lineage(THEIRS.name, Lineage(LINEAGE, Role.PRIMARY, 2))
+    peer = LocalEndpoint("prox1", {"store": memory}).for_peer(PeerView("prox2"))
+    with pytest.raises(NotAReplica, match="prunes it no more"):
+        peer.prune(PruneRequest(THEIRS, "pull", "last=1", ()))
+
+
+def test_what_a_copy_may_still_need_is_not_pruned(memory: MemoryBackend) -> None:
+    own = LocalEndpoint("prox1", {"store": memory})
+    state = memory.state(OWN.name)
+    assert state is not None
+    middle = state.versions[4]
+    memory.hold(OWN.name, middle.ref, rejoin_tag("prox3"))
+    outcomes = own.prune(PruneRequest(OWN, "nightly", "last=1", (), dry_run=True))
+    kept = [outcome for outcome in outcomes if outcome.version.job == "nightly"]
+    assert [outcome.kept for outcome in kept] == [True, True, True]
+    assert "has not followed yet" in kept[0].reason
+    memory.release(OWN.name, middle.ref, rejoin_tag("prox3"))
+    assert len(going(own, OWN, "nightly")) == 2
+
+
+def test_a_witness_knows_only_its_own_peers(memory: MemoryBackend) -> None:
+    with pytest.raises(Unsupported):
+        view(memory).sight("prox9", LINEAGE)
+    assert [copy.volume for copy in view(memory).copies(LINEAGE).found] == [THEIRS, OWN]
 
 
 def test_a_peer_is_not_told_what_is_in_what_it_gets_encrypted(

@@ -12,10 +12,20 @@ import pytest
 from backends.memory import MemoryBackend
 from replicator import situations, takeover
 from replicator.cancellation import Cancellation
-from replicator.endpoint import SnapshotRequest
+from replicator.endpoint import PruneRequest, SnapshotRequest
 from replicator.errors import ConflictError, ReplicatorError, VolumeBusy, VolumeChanged
 from replicator.local import LocalEndpoint
-from replicator.model import Lineage, Role, Version, VolumeId, VolumeState, handover_tag, hold_tag, snapshot_name
+from replicator.model import (
+    HoldTag,
+    Lineage,
+    Role,
+    Version,
+    VolumeId,
+    VolumeState,
+    handover_tag,
+    hold_tag,
+    snapshot_name,
+)
 from replicator.planning import Intermediates, SendPolicy
 from replicator.replication import Limits, Options, Pair, Replication
 from replicator.roles import newest_complete
@@ -252,6 +262,34 @@ def test_a_rejoin_that_is_cut_off_is_finished(soak: bool) -> None:
         world.write("n2")
         world.sync("n2", "n1")
         assert world.primaries() == ["n2"], what
+
+
+def test_what_the_old_primary_needs_stays_until_it_has_followed() -> None:
+    world = World()
+    world.weather.off.add("n1")
+    world.promote()
+    point = newest_complete(world.state("n2"))
+    assert point is not None
+    own, place = world.weather.nodes["n2"], world.volume("n2")
+
+    def tidied() -> list[str]:
+        """What is left once the daemon has released what no job of its node holds, and a policy has pruned."""
+        for version in world.state("n2").versions:
+            for tag in version.tags:
+                if HoldTag.parse(tag) is not None:
+                    own.release(place, version.ref, tag)
+        own.prune(PruneRequest(place, JOB, "last=1", ()))
+        return [version.guid for version in world.state("n2").snapshots]
+
+    for _ in range(3):
+        world.write("n2")
+        world.snapshot("n2")
+    assert point.guid in tidied()
+    world.weather.off.clear()
+    world.write("n1")
+    done = world.rejoin()
+    assert 0 < done.done < 4 * PAGE, "only the difference"
+    assert len(tidied()) == 1, "and from then on it is pruned as ever"
 
 
 def test_two_cut_off_replicas_that_are_both_forced_differ_in_their_epochs() -> None:

@@ -79,6 +79,7 @@ class World:
         self.memory = {name: MemoryBackend("store", checksums=checksum, clock=lambda: self.now) for name in "abc"}
         self.endpoints = {name: Watched(LocalEndpoint(name, {"store": m})) for name, m in self.memory.items()}
         self.node = "a"
+        self.role_changes = 0
         self.tracker = Tracker()
         self.seen: list[tuple[ReplicaKey, datetime | None]] = []
         self.configure(targets=targets, rest=rest)
