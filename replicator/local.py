@@ -68,7 +68,7 @@ from replicator.model import (
 from replicator.roles import check_change, check_may_receive, newest_complete, stale_epoch
 from replicator.streams import Stream
 
-INTERRUPTION = 30.0
+INTERRUPTION = 45.0
 """Seconds that a promotion waits for a receive that it ends."""
 
 

@@ -127,7 +127,8 @@ class Tasks:
         self, job: Job, text: str | None, targets: Sequence[Target], listed: Iterable[VolumeInfo]
     ) -> tuple[Task, ...]:
         """Volumes that the job's source selects and that are replicas now, because the roles were changed: replicated
-        from the target that has the primary. What holds their snapshots tells them from replicas of other jobs."""
+        from the target that has the primary. What holds their snapshots tells them from replicas of other jobs; those
+        that are below a target's name are such replicas, and not even looked at."""
         source = self._network.endpoint(job.source.node)
         replicas = [
             volume.id
@@ -136,6 +137,7 @@ class Tasks:
             and volume.lineage.role is Role.REPLICA
             and covers(job.source.volumes, volume.id.storage, volume.id.name)
             and self._means(job, text, volume.id)
+            and volume.id.name.partition("/")[0] not in {target.node for target in job.targets}
         ]
         tags = {hold_tag(job.name, target.node, target.storage): target for target in targets}
         found: list[Task] = []

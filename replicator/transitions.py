@@ -240,6 +240,26 @@ class NoWitness(Refusal):
 
 
 @dataclass(frozen=True, slots=True)
+class OpenHandover(Refusal):
+    """A switch-over from this copy has not come to its end, and both sides are there to finish it.
+
+    :ivar node: the other side
+    """
+
+    kind: ClassVar[str] = "open_handover"
+    volume: VolumeId
+    node: str
+
+    @property
+    def message(self) -> str:
+        return f"{self.volume} stepped down for {self.node}, which answers: that switch-over is not finished"
+
+    @property
+    def hint(self) -> str:
+        return f"replicator switchover {self.volume} --to {self.node}, again, finishes it or undoes it"
+
+
+@dataclass(frozen=True, slots=True)
 class NotPrimary(Refusal):
     """Only a primary steps down."""
 
@@ -422,6 +442,10 @@ def _against(situation: Situation, lineage: Lineage, newer: Superseded | None) -
             yield PrimaryAnswers(mine.id, answer.node, primary, witness)
     if newer is not None:
         yield newer
+    newest = newest_complete(mine)
+    for answer in situation.answers:
+        if newest is not None and answer.node != situation.node and handover_tag(answer.node) in newest.holds:
+            yield OpenHandover(mine.id, answer.node)
     if situation.unsure:
         yield NoWitness(mine.id, situation.unsure)
 

@@ -47,7 +47,7 @@ OWN = VolumeId("store", "vm")
 POLICY = SendPolicy(Intermediates.NEWEST, JOB)
 
 nodes = st.sampled_from(NODES)
-some = st.builds(Fault, st.sampled_from(Trouble), st.integers(0, 12))
+some = st.builds(Fault, st.sampled_from(Trouble), st.integers(0, 15))
 faults = st.lists(some, max_size=2)
 
 
@@ -169,6 +169,16 @@ class Roles(RuleBasedStateMachine):
             version = self.weather.nodes[node].snapshot(SnapshotRequest((self.volume(node),), name))[0].get()
             self.contents[version.guid] = self.known[node].memory.read(self.volume(node).name, version.ref)
 
+    @rule(keep=st.sampled_from(["last=1", "last=2"]), days=st.integers(1, 3))
+    def time_passes(self, keep: str, days: int) -> None:
+        """Guests write, schedules snapshot, daemons tidy up, and every node prunes by its own hand."""
+        for node in NODES * days:
+            if self.state(node) is not None:
+                self.write(node, 0)
+                self.snapshot(node)
+                self.tidy(node)
+                self.prune(node, keep, False)
+
     @rule(node=nodes, keep=st.sampled_from(["last=1", "last=2"]), informed=st.booleans())
     def prune(self, node: str, keep: str, informed: bool) -> None:
         """By the node's own hand. Not being told what is common, the holds alone must do."""
@@ -193,14 +203,21 @@ class Roles(RuleBasedStateMachine):
                 if parsed is not None and parsed.node == node:
                     self.weather.nodes[node].release(self.volume(node), version.ref, tag)
 
-    @rule(node=nodes, on=st.booleans())
-    def power(self, node: str, on: bool) -> None:
-        (self.weather.off.discard if on else self.weather.off.add)(node)
+    @rule(node=nodes)
+    def power_cut(self, node: str) -> None:
+        self.weather.off.add(node)
 
-    @rule(one=nodes, other=nodes, mended=st.booleans())
-    def cable(self, one: str, other: str, mended: bool) -> None:
+    @rule(one=nodes, other=nodes)
+    def cable_cut(self, one: str, other: str) -> None:
         if one != other:
-            (self.weather.cut.discard if mended else self.weather.cut.add)(frozenset((one, other)))
+            self.weather.cut.add(frozenset((one, other)))
+
+    @rule(late=st.booleans())
+    def all_is_mended(self, late: bool) -> None:
+        self.weather.off.clear()
+        self.weather.cut.clear()
+        if late:
+            self.late_requests_arrive()
 
     @rule()
     def late_requests_arrive(self) -> None:
@@ -214,7 +231,22 @@ class Roles(RuleBasedStateMachine):
     def options(self) -> Options:
         return Options(POLICY, Limits(attempts=1))
 
-    @rule(source=nodes, to=nodes, driver=nodes, faults=faults)
+    def pick(self, data: st.DataObject, wanted: list[str]) -> str:
+        """A node of those that something can come of, or now and then any."""
+        return data.draw(st.sampled_from([*wanted * 5, *NODES]))
+
+    def among(self, role: Role) -> list[str]:
+        """Nodes that are on and have a copy of that role."""
+        found = {node: self.lineage(node) for node in NODES if node not in self.weather.off}
+        return [node for node, lineage in found.items() if lineage is not None and lineage.role is role]
+
+    @rule(data=st.data(), to=nodes, faults=faults)
+    def replicate(self, data: st.DataObject, to: str, faults: list[Fault]) -> None:
+        source = self.pick(data, self.among(Role.PRIMARY))
+        self.write(source, 0)
+        self.snapshot(source)
+        self.sync(source, to, data.draw(st.sampled_from([source, to])), faults)
+
     def sync(self, source: str, to: str, driver: str, faults: list[Fault]) -> None:
         lineage = self.lineage(source)
         if source == to or driver not in (source, to) or driver in self.weather.off or lineage is None:
@@ -248,8 +280,9 @@ class Roles(RuleBasedStateMachine):
     def draw(self, below: int) -> int:
         return next(self.numbers) % below
 
-    @rule(node=nodes, force=st.booleans(), word=st.booleans(), faults=faults)
-    def promote(self, node: str, force: bool, word: bool, faults: list[Fault]) -> None:
+    @rule(data=st.data(), force=st.sampled_from([False, False, True]), word=st.booleans(), faults=faults)
+    def promote(self, data: st.DataObject, force: bool, word: bool, faults: list[Fault]) -> None:
+        node = self.pick(data, self.among(Role.REPLICA))
         if self.state(node) is None or node in self.weather.off:
             return
         before, reached = self.primaries(), self.reached_from(node)
@@ -266,8 +299,9 @@ class Roles(RuleBasedStateMachine):
         first = {other for other in NODES if self.weather.reaches(node, other)}
         return {other for other in NODES for way in first if self.weather.reaches(way, other)}
 
-    @rule(node=nodes, faults=faults)
-    def demote(self, node: str, faults: list[Fault]) -> None:
+    @rule(data=st.data(), faults=faults)
+    def demote(self, data: st.DataObject, faults: list[Fault]) -> None:
+        node = self.pick(data, self.among(Role.PRIMARY))
         lineage = self.lineage(node)
         if lineage is None or lineage.role is not Role.PRIMARY or node in self.weather.off:
             return
@@ -277,8 +311,10 @@ class Roles(RuleBasedStateMachine):
             newest = newest_complete(state) if state is not None else None
             takeover.step_down(self.weather.link(node, node), self.volume(node), lineage, newest)
 
-    @rule(source=nodes, to=nodes, driver=nodes, faults=faults)
-    def switchover(self, source: str, to: str, driver: str, faults: list[Fault]) -> None:
+    @rule(data=st.data(), to=nodes, faults=faults)
+    def switchover(self, data: st.DataObject, to: str, faults: list[Fault]) -> None:
+        source = self.pick(data, self.among(Role.PRIMARY) or self.among(Role.REPLICA))
+        driver = data.draw(st.sampled_from([source, source, to]))
         if source == to or driver not in (source, to) or self.state(source) is None:
             return
         if driver in self.weather.off or self.state(to) is None:
@@ -301,8 +337,9 @@ class Roles(RuleBasedStateMachine):
 
         takeover.Switchover(pair, bring, draw=self.draw, cancel=Impatient()).run()
 
-    @rule(node=nodes, source=nodes, faults=faults)
-    def rejoin(self, node: str, source: str, faults: list[Fault]) -> None:
+    @rule(node=nodes, data=st.data(), faults=faults)
+    def rejoin(self, node: str, data: st.DataObject, faults: list[Fault]) -> None:
+        source = self.pick(data, self.among(Role.PRIMARY))
         if node == source or node in self.weather.off or self.state(node) is None:
             return
         before = self.primaries()
@@ -417,5 +454,5 @@ class Roles(RuleBasedStateMachine):
         return newest
 
 
-Roles.TestCase.settings = settings(stateful_step_count=40)
+Roles.TestCase.settings = settings(stateful_step_count=30)
 TestRoles = Roles.TestCase

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -19,6 +20,7 @@ from replicator.transitions import (
     NothingToFollow,
     NotPrimary,
     NoWitness,
+    OpenHandover,
     PrimaryAnswers,
     Promotion,
     Refusal,
@@ -67,8 +69,18 @@ PRIMARY_THERE = answer("prox1", copy(Role.PRIMARY, 1, snap(3)))
 DOWN = silent("prox1", prox3=None)
 
 
-def promotion(*answers: Answer, silences: tuple[Silence, ...] = (), mine: VolumeState = REPLICA, **how: bool) -> object:
-    return plan_promotion(Situation("prox2", mine, answers, silences), draw=DRAW, **how)
+def plan(
+    *answers: Answer,
+    silences: tuple[Silence, ...] = (),
+    mine: VolumeState = REPLICA,
+    node: str = "prox2",
+    **how: bool,
+) -> object:
+    return plan_promotion(Situation(node, mine, answers, silences), draw=DRAW, **how)
+
+
+promotion = plan
+MARKED = replace(snap(2), holds=(handover_tag("prox2"),))
 
 
 def test_a_promotion_whose_primary_is_down_for_a_witness() -> None:
@@ -88,6 +100,7 @@ def test_a_promotion_whose_primary_is_down_for_a_witness() -> None:
         ((PRIMARY_THERE,), (), PrimaryAnswers),
         ((answer("prox3"),), (silent("prox1", prox3=Copies((copy(Role.PRIMARY),))),), PrimaryAnswers),
         ((answer("prox3", copy(Role.REPLICA, 2)),), (DOWN,), Superseded),
+        ((answer("prox2", copy(Role.REPLICA)),), (), OpenHandover),
         ((), (silent("prox1"),), NoWitness),
         ((answer("prox3"),), (DOWN, silent("prox4")), NoWitness),
         ((answer("prox1", unseen=("tank",)),), (), NoWitness),
@@ -96,6 +109,8 @@ def test_a_promotion_whose_primary_is_down_for_a_witness() -> None:
 def test_what_speaks_against_a_promotion_and_force(
     answers: tuple[Answer, ...], silences: tuple[Silence, ...], refusal: type[Refusal]
 ) -> None:
+    mine = state(Role.REPLICA, snap(1), MARKED, volume=VolumeId("tank", "vm")) if refusal is OpenHandover else REPLICA
+    promotion = partial(plan, mine=mine, node="prox1" if refusal is OpenHandover else "prox2")
     found = promotion(*answers, silences=silences)
     assert isinstance(found, refusal)
     assert found.message
@@ -153,9 +168,6 @@ def test_a_partial_and_what_somebody_wrote_are_told() -> None:
     found = promotion(mine=replace(REPLICA, resume=half, head_changed=True), silences=(DOWN,))
     assert isinstance(found, Promotion)
     assert (found.partial, found.aside) == ("three", True)
-
-
-MARKED = replace(snap(2), holds=(handover_tag("prox2"),))
 
 
 @pytest.mark.parametrize(
