@@ -247,6 +247,17 @@ class Roles(RuleBasedStateMachine):
         self.snapshot(source)
         self.sync(source, to, data.draw(st.sampled_from([source, to])), faults)
 
+    @rule(data=st.data(), to=nodes)
+    def half_receive(self, data: st.DataObject, to: str) -> None:
+        """What came forward once is tried again at once, so it is cut twice."""
+        self.replicate_from(self.pick(data, self.among(Role.PRIMARY)), to, [Fault(Trouble.CUT, 0) for _ in range(2)])
+
+    def replicate_from(self, source: str, to: str, faults: list[Fault]) -> None:
+        self.write(source, 0)
+        self.write(source, 1)
+        self.snapshot(source)
+        self.sync(source, to, source, faults)
+
     def sync(self, source: str, to: str, driver: str, faults: list[Fault]) -> None:
         lineage = self.lineage(source)
         if source == to or driver not in (source, to) or driver in self.weather.off or lineage is None:
@@ -326,6 +337,21 @@ class Roles(RuleBasedStateMachine):
                 assert set(self.primaries()) - set(before) <= {to}
         assert len(self.primaries()) <= max(1, len(before)), "a switch-over made a second primary"
 
+    @rule(data=st.data(), to=nodes, nth=st.integers(0, 25))
+    def hand_over_and_back(self, data: st.DataObject, to: str, nth: int) -> None:
+        """What was asked for in the first half arrives after the second."""
+        source = self.pick(data, self.among(Role.PRIMARY))
+        if source == to or self.state(to) is None or self.state(source) is None or len(self.primaries()) != 1:
+            return
+        self.weather.deliver()
+        pairs = self.pair(source, to, source), self.pair(to, source, source)
+        for pair, faults in zip(pairs, ([Fault(Trouble.LATE, nth)], []), strict=True):
+            with self.failing(faults):
+                self.switch(pair)
+        before = set(self.primaries())
+        self.late_requests_arrive()
+        assert set(self.primaries()) == before
+
     def switch(self, pair: Pair) -> None:
         def bring() -> Version:
             self.snapshot(pair.source.node)
@@ -372,7 +398,12 @@ class Roles(RuleBasedStateMachine):
 
     @invariant()
     def no_two_primaries_share_an_epoch(self) -> None:
+        """And each begins with a complete snapshot: nobody has written since the rule that promoted it."""
         for node, lineage in self.primaries().items():
+            if lineage.epoch not in self.reigns:
+                newest = newest_complete(self.state_of(node))
+                assert newest is not None
+                assert self.live(node) == self.contents[newest.guid], "promoted with something incomplete"
             assert self.reigns.setdefault(lineage.epoch, node) == node
 
     @invariant()
