@@ -26,9 +26,19 @@ from backends.memory import MemoryBackend
 from replicator import situations, takeover
 from replicator.cancellation import Cancellation
 from replicator.endpoint import PruneRequest, SnapshotRequest
-from replicator.errors import ConflictError, ReplicatorError
+from replicator.errors import ReplicatorError
 from replicator.local import LocalEndpoint
-from replicator.model import HoldTag, Lineage, Role, Version, VolumeId, VolumeState, hold_tag, snapshot_name
+from replicator.model import (
+    HoldTag,
+    Lineage,
+    Role,
+    Version,
+    VolumeId,
+    VolumeState,
+    handover_tag,
+    hold_tag,
+    snapshot_name,
+)
 from replicator.planning import Intermediates, SendPolicy, newest_common, protected_guids
 from replicator.replication import Limits, Options, Pair, Replication
 from replicator.roles import newest_complete
@@ -470,9 +480,11 @@ class Roles(RuleBasedStateMachine):
     def recovered(self) -> str:
         """Nobody is the primary: a switch-over is finished or undone, or somebody is promoted."""
         for source, target in itertools.permutations(NODES, 2):
-            if self.state(source) is None or self.state(target) is None:
+            state = self.state(source)
+            last = newest_complete(state) if state is not None else None
+            if last is None or handover_tag(target) not in last.holds:
                 continue
-            with contextlib.suppress(ConflictError):
+            with contextlib.suppress(ReplicatorError):
                 self.switch(self.pair(source, target, source))
             found = self.in_charge()
             if found is not None:
