@@ -28,21 +28,13 @@ from replicator.errors import NoSuchVolume, NotAuthorized, ReplicatorError, Usag
 from replicator.model import HoldTag, Progress, Role, Version, VolumeId, VolumeState, hold_tag, snapshot_name
 from replicator.planning import Intermediates, SendPolicy
 from replicator.replication import Options, Pair, Replication
+from replicator.role_refusals import NotPrimary, Refusal
 from replicator.roles import EPOCH_STEP
 from replicator.runs import Runner
 from replicator.settings import Job
+from replicator.situations import Situation
 from replicator.tasks import Network, Task
-from replicator.transitions import (
-    NotPrimary,
-    Promotion,
-    Refusal,
-    Rejoin,
-    Situation,
-    plan_promotion,
-    plan_rejoin,
-    plan_switchover,
-    superseded,
-)
+from replicator.transitions import Promotion, Rejoin, plan_promotion, plan_rejoin, plan_switchover, superseded
 from replicator.units import format_duration
 from replicator.verification import aside_name
 

@@ -1,15 +1,92 @@
-"""Finds out what is known of the copies of a volume: asks every node, and of the silent ones everybody else."""
+"""What is known of all copies of a volume when the role of one is to change, and finding it out: every node is asked,
+and of the silent ones everybody else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
-from replicator.endpoint import Copies, Endpoint, Sighting
+from replicator.endpoint import Copies, Copy, Endpoint, Sighting
 from replicator.errors import NoSuchVolume, ReplicatorError
-from replicator.model import VolumeId
-from replicator.transitions import Answer, Silence, Situation
+from replicator.model import Role, VolumeId, VolumeState
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a node that answers has of the family.
+
+    :ivar node: this node as well
+    """
+
+    node: str
+    copies: Copies
+
+    @property
+    def primary(self) -> Copy | None:
+        """Its primary of the newest epoch, if it has one."""
+        found = [copy for copy in self.copies.found if copy.lineage.role is Role.PRIMARY]
+        return max(found, key=lambda copy: copy.lineage.epoch, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """A node that may have a copy, and does not answer.
+
+    :ivar why: as the attempt ended
+    :ivar witnesses: what other nodes that answer say of it, by their names
+    """
+
+    node: str
+    why: str
+    witnesses: tuple[tuple[str, Sighting], ...] = ()
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether a third node does not reach it either, and none does."""
+        return bool(self.witnesses) and not any(sighting.copies is not None for _, sighting in self.witnesses)
+
+    @property
+    def seen(self) -> Iterator[tuple[str, Answer]]:
+        """What it answered those who do reach it."""
+        for witness, sighting in self.witnesses:
+            if sighting.copies is not None:
+                yield witness, Answer(self.node, sighting.copies)
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """All that is known of a family of copies when the role of one of them is to change.
+
+    :ivar node: where that one is
+    :ivar answers: of other nodes, and of this node's other copies
+    """
+
+    node: str
+    mine: VolumeState
+    answers: tuple[Answer, ...] = ()
+    silences: tuple[Silence, ...] = ()
+
+    @property
+    def others(self) -> Iterator[tuple[str, Copy]]:
+        """Every other copy that is known of, with its node; also those that only a witness reaches."""
+        for answer in (*self.answers, *(seen for silence in self.silences for _, seen in silence.seen)):
+            for copy in answer.copies.found:
+                if (answer.node, copy.volume) != (self.node, self.mine.id):
+                    yield answer.node, copy
+
+    @property
+    def unsure(self) -> tuple[Silence, ...]:
+        """Silent nodes of which no third node says that it does not reach them either; and nodes that answer, but
+        cannot look into all of their storages."""
+        half = [
+            Silence(answer.node, f"it cannot look into {', '.join(answer.copies.unseen)}")
+            for answer in self.answers
+            if answer.copies.unseen and answer.node != self.node
+        ]
+        return (*(s for s in self.silences if not s.is_confirmed and not any(s.seen)), *half)
+
 
 MAX_ASKED = 16
 """Nodes asked at the same time."""

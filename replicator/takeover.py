@@ -39,8 +39,9 @@ from replicator.model import (
 from replicator.planning import Step
 from replicator.rejoining import rejoin as rejoin_native
 from replicator.replication import Observer, Options, Pair, Replication
+from replicator.role_refusals import InDoubt, Refusal
 from replicator.roles import EPOCH_STEP, newest_complete, next_epoch
-from replicator.transitions import InDoubt, Move, Promotion, Refusal, Rejoin, Switch, plan_switchover
+from replicator.transitions import Move, Promotion, Rejoin, Switch, plan_switchover
 from replicator.verification import resync
 
 LOG = logging.getLogger(__name__)
@@ -373,10 +374,11 @@ def rejoin(
     kept = _put_aside(pair, mine, plan, aside)
     pair.target.adopt(pair.target_volume, plan.lineage)
     done = sent = 0
-    if plan.own:
+    native = pair.target.storage(pair.target_volume.storage).stream is StreamKind.NATIVE
+    if plan.own or (native and kept):  # a native stream applies to nothing but the newest snapshot
         pair.target.abort_receive(pair.target_volume)
         to = _newest(pair, plan)
-        if pair.target.storage(pair.target_volume.storage).stream is StreamKind.NATIVE:
+        if native:
             found = rejoin_native(pair, to, options, observer=observer, cancel=cancel)
             kept, done, sent = (*kept, *found.aside), found.changed, found.sent
         elif plan.common is None:

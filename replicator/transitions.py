@@ -1,8 +1,8 @@
 """Whether a copy may become the primary, or follow another one: what is known of all copies in, what to do or why not
 out. Pure; no I/O, no clock, no random numbers.
 
-What is known is what each node has said of its own copies (:class:`Answer`), and which nodes said nothing
-(:class:`Silence`, with what third nodes say of them). The rules::
+What is known (:class:`~replicator.situations.Situation`) is what each node has said of its own copies, and which nodes
+said nothing, with what third nodes say of them. Why not is a :class:`~replicator.role_refusals.Refusal`. The rules::
 
     promotion   of a replica with a complete snapshot, under an epoch that is newer than all that are known
                 not while a copy that answers, here or at a witness, is still the primary
@@ -22,326 +22,26 @@ from happening without --force, and a witness can allow one; it cannot make a co
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import ClassVar
 
-from replicator.endpoint import Copies, Copy, Sighting
-from replicator.errors import ConflictError
+from replicator.endpoint import Copy
 from replicator.model import Lineage, Role, Version, VolumeId, VolumeState, handover_tag, rejoin_tag
+from replicator.role_refusals import (
+    NoCopy,
+    NotACopy,
+    NothingComplete,
+    NothingToFollow,
+    NotPrimary,
+    NoWitness,
+    OpenHandover,
+    PrimaryAnswers,
+    Refusal,
+    Superseded,
+)
 from replicator.roles import newest_complete, next_epoch
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a node that answers has of the family.
-
-    :ivar node: this node as well
-    """
-
-    node: str
-    copies: Copies
-
-    @property
-    def primary(self) -> Copy | None:
-        """Its primary of the newest epoch, if it has one."""
-        found = [copy for copy in self.copies.found if copy.lineage.role is Role.PRIMARY]
-        return max(found, key=lambda copy: copy.lineage.epoch, default=None)
-
-
-@dataclass(frozen=True, slots=True)
-class Silence:
-    """A node that may have a copy, and does not answer.
-
-    :ivar why: as the attempt ended
-    :ivar witnesses: what other nodes that answer say of it, by their names
-    """
-
-    node: str
-    why: str
-    witnesses: tuple[tuple[str, Sighting], ...] = ()
-
-    @property
-    def is_confirmed(self) -> bool:
-        """Whether a third node does not reach it either, and none does."""
-        return bool(self.witnesses) and not any(sighting.copies is not None for _, sighting in self.witnesses)
-
-    @property
-    def seen(self) -> Iterator[tuple[str, Answer]]:
-        """What it answered those who do reach it."""
-        for witness, sighting in self.witnesses:
-            if sighting.copies is not None:
-                yield witness, Answer(self.node, sighting.copies)
-
-
-@dataclass(frozen=True, slots=True)
-class Situation:
-    """All that is known of a family of copies when the role of one of them is to change.
-
-    :ivar node: where that one is
-    :ivar answers: of other nodes, and of this node's other copies
-    """
-
-    node: str
-    mine: VolumeState
-    answers: tuple[Answer, ...] = ()
-    silences: tuple[Silence, ...] = ()
-
-    @property
-    def others(self) -> Iterator[tuple[str, Copy]]:
-        """Every other copy that is known of, with its node; also those that only a witness reaches."""
-        for answer in (*self.answers, *(seen for silence in self.silences for _, seen in silence.seen)):
-            for copy in answer.copies.found:
-                if (answer.node, copy.volume) != (self.node, self.mine.id):
-                    yield answer.node, copy
-
-    @property
-    def unsure(self) -> tuple[Silence, ...]:
-        """Silent nodes of which no third node says that it does not reach them either; and nodes that answer, but
-        cannot look into all of their storages."""
-        half = [
-            Silence(answer.node, f"it cannot look into {', '.join(answer.copies.unseen)}")
-            for answer in self.answers
-            if answer.copies.unseen and answer.node != self.node
-        ]
-        return (*(s for s in self.silences if not s.is_confirmed and not any(s.seen)), *half)
-
-
-class Refusal(ABC):
-    """Why a role does not change. Subclasses carry the evidence."""
-
-    kind: ClassVar[str] = "refused"
-
-    @property
-    @abstractmethod
-    def message(self) -> str:
-        """The thing and the cause, one sentence."""
-
-    @property
-    @abstractmethod
-    def hint(self) -> str:
-        """The way out."""
-
-    def to_error(self) -> ConflictError:
-        """This refusal as an exception."""
-        return ConflictError(self.message, hint=self.hint, kind=self.kind)
-
-
-@dataclass(frozen=True, slots=True)
-class NoCopy(Refusal):
-    """The volume was never replicated, so it has no role."""
-
-    kind: ClassVar[str] = "no_copy"
-    volume: VolumeId
-
-    @property
-    def message(self) -> str:
-        return f"{self.volume} is no copy of anything: it was never replicated"
-
-    @property
-    def hint(self) -> str:
-        return "`replicator status` lists the copies that this node has"
-
-
-@dataclass(frozen=True, slots=True)
-class NothingComplete(Refusal):
-    """There is no complete snapshot to go on from.
-
-    :ivar partial: the snapshot that was being received
-    """
-
-    kind: ClassVar[str] = "nothing_complete"
-    volume: VolumeId
-    partial: str
-
-    @property
-    def message(self) -> str:
-        half = f": only a part of {self.partial} has come" if self.partial else ""
-        return f"{self.volume} has no complete snapshot{half}"
-
-    @property
-    def hint(self) -> str:
-        return "promote another copy; an incomplete one is never made a primary"
-
-
-@dataclass(frozen=True, slots=True)
-class PrimaryAnswers(Refusal):
-    """The primary is there, so there is nothing to take over.
-
-    :ivar witness: the node that reaches it, "" where this one does
-    """
-
-    kind: ClassVar[str] = "primary_answers"
-    volume: VolumeId
-    node: str
-    primary: Copy
-    witness: str = ""
-
-    @property
-    def message(self) -> str:
-        way = f" (node {self.witness} reaches it)" if self.witness else ""
-        return (
-            f"{self.volume} has a primary that answers{way}: {self.primary.volume} on {self.node}, "
-            f"epoch {self.primary.lineage.epoch}"
-        )
-
-    @property
-    def hint(self) -> str:
-        return (
-            f"`replicator switchover` on {self.node} hands over without loss; --force promotes all the same, and what "
-            "the primary has beyond this copy is lost until it rejoins"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Superseded(Refusal):
-    """Another copy is of a newer epoch: it was promoted after this one was last brought forward."""
-
-    kind: ClassVar[str] = "superseded"
-    volume: VolumeId
-    epoch: int
-    node: str
-    newer: Copy
-
-    @property
-    def message(self) -> str:
-        return (
-            f"{self.volume} is of epoch {self.epoch}, and {self.newer.volume} on {self.node} of epoch "
-            f"{self.newer.lineage.epoch}: it was superseded"
-        )
-
-    @property
-    def hint(self) -> str:
-        return f"replicator rejoin {self.volume} --from {self.node} makes it follow; what only it has is kept aside"
-
-
-@dataclass(frozen=True, slots=True)
-class NoWitness(Refusal):
-    """A node is silent that may have the primary, and nobody else can say that it is down.
-
-    :ivar silent: those nodes
-    """
-
-    kind: ClassVar[str] = "no_witness"
-    volume: VolumeId
-    silent: tuple[Silence, ...]
-
-    @property
-    def message(self) -> str:
-        told = "; ".join(f"{silence.node}: {silence.why}" for silence in self.silent)
-        return f"whether the primary of {self.volume} is down is not known, as no third node can say so ({told})"
-
-    @property
-    def hint(self) -> str:
-        nodes = " and ".join(dict.fromkeys(silence.node for silence in self.silent))
-        return f"make sure that {nodes} is down or switched off, then give your word for it: --primary-is-down"
-
-
-@dataclass(frozen=True, slots=True)
-class OpenHandover(Refusal):
-    """A switch-over from this copy has not come to its end, and both sides are there to finish it.
-
-    :ivar node: the other side
-    """
-
-    kind: ClassVar[str] = "open_handover"
-    volume: VolumeId
-    node: str
-
-    @property
-    def message(self) -> str:
-        return f"{self.volume} stepped down for {self.node}, which answers: that switch-over is not finished"
-
-    @property
-    def hint(self) -> str:
-        return f"replicator switchover {self.volume} --to {self.node}, again, finishes it or undoes it"
-
-
-@dataclass(frozen=True, slots=True)
-class NotPrimary(Refusal):
-    """Only a primary steps down."""
-
-    kind: ClassVar[str] = "not_primary"
-    volume: VolumeId
-    lineage: Lineage
-
-    @property
-    def message(self) -> str:
-        return f"{self.volume} is a {self.lineage.role} already (epoch {self.lineage.epoch})"
-
-    @property
-    def hint(self) -> str:
-        return "run it on the node that has the primary; `replicator status` says which copies this node has"
-
-
-@dataclass(frozen=True, slots=True)
-class NotACopy(Refusal):
-    """Two volumes that are no copies of one another."""
-
-    kind: ClassVar[str] = "not_a_copy"
-    volume: VolumeId
-    node: str
-
-    @property
-    def message(self) -> str:
-        return f"{self.node} has no copy of {self.volume}"
-
-    @property
-    def hint(self) -> str:
-        return "replicate it there first: `replicator sync`"
-
-
-@dataclass(frozen=True, slots=True)
-class NothingToFollow(Refusal):
-    """The other side is not a primary that this copy could follow.
-
-    :ivar other: its lineage, with the node
-    """
-
-    kind: ClassVar[str] = "nothing_to_follow"
-    volume: VolumeId
-    lineage: Lineage
-    node: str
-    other: Lineage
-
-    @property
-    def message(self) -> str:
-        return (
-            f"{self.volume} (epoch {self.lineage.epoch}, {self.lineage.role}) cannot follow the copy on {self.node} "
-            f"(epoch {self.other.epoch}, {self.other.role})"
-        )
-
-    @property
-    def hint(self) -> str:
-        if self.other.role is Role.PRIMARY:
-            return f"this copy is the newer one: run rejoin on {self.node}"
-        return f"promote the copy on {self.node} first, or name the node that has the primary"
-
-
-@dataclass(frozen=True, slots=True)
-class InDoubt(Refusal):
-    """A switch-over whose end is not known: the other side may have been told to take over, and does not answer."""
-
-    kind: ClassVar[str] = "handover_in_doubt"
-    volume: VolumeId
-    node: str
-    why: str
-
-    @property
-    def message(self) -> str:
-        return (
-            f"{self.volume} stepped down for {self.node}, which may have taken over or not, and does not answer: "
-            f"{self.why}"
-        )
-
-    @property
-    def hint(self) -> str:
-        return (
-            f"run it again once {self.node} answers: it is finished then, or undone. If {self.node} is down for good: "
-            f"replicator promote {self.volume} --primary-is-down"
-        )
+from replicator.situations import Answer, Situation
 
 
 def superseded(situation: Situation) -> Superseded | None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+
 import pytest
 
 from backends.memory import MemoryBackend
 from backends.zfs import ZfsBackend
 from replicator import config
 from replicator.cancellation import Cancellation
-from replicator.endpoint import DigestRequest, PruneOutcome, PruneRequest, RoleChange
-from replicator.errors import NotAReplica, NotReadable, Unsupported
+from replicator.endpoint import DigestRequest, PruneOutcome, PruneRequest, ReceiveRequest, RoleChange
+from replicator.errors import Cancelled, NotAReplica, NotReadable, Unsupported, VolumeBusy
 from replicator.local import LocalEndpoint, PeerView
-from replicator.model import Lineage, Role, VolumeId, hold_tag, rejoin_tag, snapshot_name
+from replicator.model import Lineage, Role, StreamKind, VolumeId, hold_tag, rejoin_tag, snapshot_name
 from replicator.nodes import endpoint_for_peers
-from tests.support.blocks import KEY, pattern
+from replicator.streams import BlockChunk, ChunkStream
+from tests.support.blocks import KEY, full_chunks, make_chunk, make_stream, make_version, pattern
 from tests.support.versions import LINEAGE, at
 from tests.support.zfs_records import RecordedRunner, row
 from transport import checksum
@@ -137,6 +142,47 @@ def test_what_a_copy_may_still_need_is_not_pruned(memory: MemoryBackend) -> None
     assert "has not followed yet" in kept[0].reason
     memory.release(OWN.name, middle.ref, rejoin_tag("prox3"))
     assert len(going(own, OWN, "nightly")) == 2
+
+
+def test_a_promotion_ends_a_receive_that_is_under_way() -> None:
+    """Its peer may be dead, and nobody may have noticed yet."""
+    size, started = 4096 * 4096, threading.Event()
+    memory = MemoryBackend("store", checksums=checksum)
+    node = LocalEndpoint("prox2", {"store": memory})
+    place, primary = VolumeId("store", "prox1/vm"), Lineage(LINEAGE, Role.PRIMARY, 1)
+    one, two = make_version("one", 4096), make_version("two", size)
+    ask = ReceiveRequest(place, primary, None, one, KEY)
+    node.receive(ask, make_stream(*full_chunks(pattern(4096))), Cancellation())
+
+    def endless() -> Iterator[BlockChunk]:
+        for page in range(1, 4096):
+            yield make_chunk((page * 4096, pattern(4096)))
+            started.set()
+            threading.Event().wait(0.005)
+
+    ended: list[str] = []
+
+    def receive() -> None:
+        stream = ChunkStream(StreamKind.BLOCKS, endless())
+        request = replace(ask, base=one.ref, to=two)
+        try:
+            node.receive(request, stream, Cancellation())
+        except Cancelled as error:
+            ended.append(str(error))
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    assert started.wait(30)
+    with pytest.raises(VolumeBusy):
+        node.abort_receive(place)
+    promoted = Lineage(LINEAGE, Role.PRIMARY, 1_000_001)
+    assert node.change_role(RoleChange(place, replace(primary, role=Role.REPLICA), promoted, one.ref)) == promoted
+    thread.join(30)
+    assert ended == ["store:prox1/vm is being promoted"]
+    state = memory.state(place.name)
+    assert state is not None
+    assert (state.resume, [v.name for v in state.versions]) == (None, ["one"])
+    assert memory.read(place.name) == pattern(4096)
 
 
 def test_a_witness_knows_only_its_own_peers(memory: MemoryBackend) -> None:

@@ -42,7 +42,8 @@ from replicator.model import (
 from replicator.planning import Intermediates, SendPolicy, newest_common, protected_guids
 from replicator.replication import Limits, Options, Pair, Replication
 from replicator.roles import newest_complete
-from replicator.transitions import Promotion, Rejoin, Situation, plan_promotion, plan_rejoin, superseded
+from replicator.situations import Situation
+from replicator.transitions import Promotion, Rejoin, plan_promotion, plan_rejoin, superseded
 from replicator.verification import aside_name
 from tests.support.blocks import pattern
 from tests.support.faults import Crash

@@ -28,8 +28,9 @@ from replicator.model import (
 )
 from replicator.planning import Intermediates, SendPolicy
 from replicator.replication import Limits, Options, Pair, Replication
+from replicator.role_refusals import Refusal
 from replicator.roles import newest_complete
-from replicator.transitions import Promotion, Refusal, Rejoin, plan_promotion, plan_rejoin
+from replicator.transitions import Promotion, Rejoin, plan_promotion, plan_rejoin
 from tests.support.blocks import pattern
 from tests.support.faults import Crash
 from tests.support.versions import at

@@ -9,11 +9,8 @@ import pytest
 
 from replicator.endpoint import Copies, Copy, Sighting
 from replicator.model import Lineage, ResumeState, Role, StreamKind, Version, VolumeId, VolumeState, handover_tag
-from replicator.roles import EPOCH_STEP, MAX_EPOCH, next_epoch
-from replicator.transitions import (
-    Answer,
+from replicator.role_refusals import (
     InDoubt,
-    Move,
     NoCopy,
     NotACopy,
     NothingComplete,
@@ -22,17 +19,12 @@ from replicator.transitions import (
     NoWitness,
     OpenHandover,
     PrimaryAnswers,
-    Promotion,
     Refusal,
-    Rejoin,
-    Silence,
-    Situation,
     Superseded,
-    Switch,
-    plan_promotion,
-    plan_rejoin,
-    plan_switchover,
 )
+from replicator.roles import EPOCH_STEP, MAX_EPOCH, next_epoch
+from replicator.situations import Answer, Silence, Situation
+from replicator.transitions import Move, Promotion, Rejoin, Switch, plan_promotion, plan_rejoin, plan_switchover
 from tests.support.versions import LINEAGE, OTHER_LINEAGE, snap
 
 MINE = VolumeId("backup", "prox1/vm")
