@@ -104,6 +104,24 @@ class Backend(Protocol):
     def set_lineage(self, volume: str, lineage: Lineage) -> None:
         """Store lineage, role and epoch durably and atomically beside the volume's data."""
 
+    def promote(self, volume: str, lineage: Lineage, at: VersionRef) -> None:
+        """Make a replica the primary of ``lineage``, with the content of ``at`` (its newest snapshot) as live data that
+        can be written to. The endpoint has checked the rules and discarded partial state.
+
+        Nothing happens if it is that already; one whose live data is missing (a cut in the middle of this, or of
+        :meth:`demote`) gets it.
+        """
+
+    def demote(self, volume: str, lineage: Lineage, at: VersionRef | None) -> None:
+        """Make a primary a replica of ``lineage``, whose live data is that of ``at`` and cannot be written to; where
+        replicas have no live data, it is taken away.
+
+        :param at: None: live data stays as it is and where it is, read-only where the storage can; for a primary that
+            was superseded while it was in use
+        :raises VolumeBusy: somebody has it open, as far as that is known (not with None)
+        :raises VolumeChanged: its live data is not that of ``at``; nothing was changed
+        """
+
     def snapshot(self, volumes: tuple[str, ...], name: str) -> tuple[Version, ...]:
         """Snapshot each volume under ``name``, at one instant with Capability.ATOMIC_GROUP.
 

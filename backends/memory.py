@@ -29,6 +29,7 @@ from replicator.errors import (
     StaleResume,
     Unsupported,
     VolumeBusy,
+    VolumeChanged,
 )
 from replicator.model import (
     Capability,
@@ -95,6 +96,7 @@ class MemoryBackend(OneByOne):
         self._lock = threading.RLock()
         self._volumes: dict[str, Volume] = {}
         self._receiving: set[str] = set()
+        self._users: dict[str, str] = {}
 
     # -- what a guest does to its disk
 
@@ -112,6 +114,16 @@ class MemoryBackend(OneByOne):
             if offset + len(data) > len(head):
                 head.extend(bytes(offset + len(data) - len(head)))
             head[offset : offset + len(data)] = data
+
+    def attach(self, volume: str, user: str) -> None:
+        """Somebody has the live data open from now on."""
+        with self._lock:
+            self._users[volume] = user
+
+    def detach(self, volume: str) -> None:
+        """Nobody has it open any more."""
+        with self._lock:
+            self._users.pop(volume, None)
 
     def resize(self, volume: str, size: int) -> None:
         """Grow with zeros, or cut."""
@@ -233,6 +245,30 @@ class MemoryBackend(OneByOne):
         """See :class:`~backends.base.Backend`."""
         with self._lock:
             self._volume(volume).lineage = lineage
+
+    def promote(self, volume: str, lineage: Lineage, at: VersionRef) -> None:
+        """See :class:`~backends.base.Backend`."""
+        with self._lock:
+            found = self._volume(volume)
+            if found.lineage != lineage or found.head is None:
+                found.head = bytearray(self._snapshot(volume, at).data)
+            found.lineage = lineage
+
+    def demote(self, volume: str, lineage: Lineage, at: VersionRef | None) -> None:
+        """See :class:`~backends.base.Backend`."""
+        with self._lock:
+            found = self._volume(volume)
+            if at is not None:
+                if volume in self._users:
+                    raise VolumeBusy(
+                        f"volume {self.name}:{volume} is in use by {self._users[volume]}", hint="stop what uses it"
+                    )
+                if found.head is not None and bytes(found.head) != self._snapshot(volume, at).data:
+                    raise VolumeChanged(
+                        f"volume {self.name}:{volume} was written to since {at.name}", hint="run it again"
+                    )
+                found.head = None
+            found.lineage = lineage
 
     # -- versions
 

@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,6 +29,9 @@ from replicator.control import (
     PruneReport,
     Restored,
     ResyncPreview,
+    RoleOrder,
+    RolePreview,
+    RoleReport,
     RunReport,
     SideSnapshots,
     Status,
@@ -188,6 +191,15 @@ class DaemonClient:
     def restore(self, snapshot: str, to: str, listen: Listener, cancel: Cancellation) -> Restored:
         order = messages.RestoreRequest(snapshot, to)
         found: Restored = self._work("restore", order, messages.RESTORED, listen, cancel)
+        return found
+
+    def preview_role(self, order: RoleOrder) -> RolePreview:
+        query = {name: value or None for name, value in asdict(order).items()}
+        found: RolePreview = self._ask("GET", "role", messages.ROLE_PREVIEW, **query)
+        return found
+
+    def change_role(self, order: RoleOrder, listen: Listener, cancel: Cancellation) -> RoleReport:
+        found: RoleReport = self._work("role", order, messages.ROLE_REPORT, listen, cancel)
         return found
 
     def history(self, limit: int) -> tuple[HistoryEntry, ...]:

@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 from replicator import config_checks, names
 from replicator.errors import ConfigError, InvalidName, Problem, ReplicatorError
 from replicator.setting_types import REFUSED, Address, Target, describe, key_path, nearest
-from replicator.settings import STORAGE_KINDS, Job, Limits, Log, Network, Node, Peer, Storage, Table
+from replicator.settings import STORAGE_KINDS, Fence, Job, Limits, Log, Network, Node, Peer, Storage, Table
 
 __all__ = ["DEFAULT_PATH", "Address", "Config", "Job", "Peer", "ScheduleCheck", "Storage", "Target", "load", "parse"]
 
@@ -33,7 +33,7 @@ ScheduleCheck = Callable[[str, tzinfo | None], object]
 """Reads a schedule text in a time zone (None: this machine's) or raises ScheduleError; that is ``parse_schedule`` of
 the scheduler, which this module does not import."""
 
-_KNOWN = ("node", "network", "storage", "peer", "job", "limits", "log")
+_KNOWN = ("node", "network", "storage", "peer", "job", "limits", "log", "fence")
 _T = TypeVar("_T", bound=Table)
 
 
@@ -53,6 +53,7 @@ class Config:
     jobs: Mapping[str, Job]
     limits: Limits
     log: Log
+    fence: Fence | None = None
     warnings: tuple[Problem, ...] = ()
 
     def is_local(self, node: str) -> bool:
@@ -136,6 +137,7 @@ def parse(
         jobs=MappingProxyType(config_checks.right(parts.jobs)),
         limits=parts.limits,
         log=parts.log,
+        fence=parts.fence,
         warnings=tuple(warnings),
     )
 
@@ -212,6 +214,7 @@ class _Reader:
             },
             limits=self._table(Limits, document.get("limits", {}), ("limits",)),
             log=self._table(Log, document.get("log", {}), ("log",)),
+            fence=self._table(Fence, document["fence"], ("fence",)) if "fence" in document else None,
         )
 
     def _node(self, document: Mapping[str, object], host_name: str | None) -> Node | None:

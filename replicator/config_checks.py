@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from replicator.selection import overlap
 from replicator.setting_types import Target, key_path, nearest
-from replicator.settings import ImageStorage, Job, Limits, Log, Network, Node, Peer, RbdStorage, Storage
+from replicator.settings import Fence, ImageStorage, Job, Limits, Log, Network, Node, Peer, RbdStorage, Storage
 
 Report = Callable[[str, str, str], None]
 """Takes key, what is wrong, and what would be right."""
@@ -32,6 +32,7 @@ class Parts:
     jobs: Mapping[str, Job | None]
     limits: Limits | None
     log: Log | None
+    fence: Fence | None = None
 
 
 def right(tables: Mapping[str, _T | None]) -> dict[str, _T]:
@@ -117,6 +118,13 @@ def _check_peers(parts: Parts, problem: Report) -> None:
 def _check_same_path(parts: Parts, peer: Peer, problem: Report) -> None:
     """Where a peer's replicas have any name, those of other peers could not be told from its own."""
     key = key_path("peer", peer.name, "same_path")
+    for storage in peer.may_switch:
+        if storage not in peer.may_push_to:
+            problem(
+                key_path("peer", peer.name, "may_switch"),
+                f"{storage!r} is not in may_push_to",
+                f"name it in peer.{peer.name}.may_push_to too",
+            )
     for storage in peer.same_path:
         if storage not in peer.may_push_to:
             problem(key, f"{storage!r} is not in may_push_to", f"name it in peer.{peer.name}.may_push_to too")

@@ -72,6 +72,8 @@ http = {http}
 #may_pull_from = []
 # Those of may_push_to where its replicas may have the names of their sources.
 #same_path = []
+# Those of may_push_to where it may switch over: make its replicas primaries, and replicas again.
+#may_switch = []
 # The least that this node keeps of those replicas, whatever the job of the peer says.
 #keep = "last=3"
 

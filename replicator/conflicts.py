@@ -242,9 +242,10 @@ class StaleEpoch(Conflict):
 
     @property
     def hint(self) -> str:
+        node = self.route.target.partition(":")[0]
         return (
-            f"{self.route.target} was promoted and has the newer data: stop using the copy here, "
-            "and replicate from there to here"
+            f"{self.route.target} was promoted and has the newer data: stop using the copy here, then "
+            f"replicator rejoin {self.route.volume} --from {node} makes it a replica; what only it has is kept aside"
         )
 
 

@@ -97,10 +97,24 @@ class Orphan:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyStatus:
+    """A copy that this node has: a primary that is replicated, or a replica.
+
+    :ivar note: what should be known of it, "" for nothing
+    """
+
+    volume: str
+    role: str
+    epoch: int
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """``status``: this node, its peers, its replicas. ``daemon``: whether one runs (else nothing is scheduled).
 
     :ivar orphans: replicas that are kept although their sources are gone
+    :ivar copies: of this node, with their roles
     """
 
     node: str
@@ -110,6 +124,7 @@ class Status:
     replicas: tuple[ReplicaStatus, ...]
     peers: tuple[PeerStatus, ...] = ()
     orphans: tuple[Orphan, ...] = ()
+    copies: tuple[CopyStatus, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +282,71 @@ class Restored:
     copied: int
 
 
+class RoleVerb(StrEnum):
+    """What can be done to the role of a copy."""
+
+    PROMOTE = "promote"
+    DEMOTE = "demote"
+    SWITCHOVER = "switchover"
+    REJOIN = "rejoin"
+
+
+@dataclass(frozen=True, slots=True)
+class RoleOrder:
+    """A request to change a role.
+
+    :ivar volume: STORAGE:NAME; of a switch-over as its job has it, else of this node
+    :ivar node: the node to switch over to, or to rejoin from; "" for the others
+    :ivar force: promote although something speaks against it
+    :ivar primary_is_down: the operator's word that nodes which do not answer are down
+    """
+
+    verb: RoleVerb
+    volume: str
+    node: str = ""
+    force: bool = False
+    primary_is_down: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RolePreview:
+    """What a change of role would do, before it asks for consent.
+
+    :ivar effects: sentences, each one thing
+    """
+
+    verb: RoleVerb
+    volume: str
+    effects: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RoleReport:
+    """What a change of role did.
+
+    :ivar volume, node: the copy whose role changed (of a switch-over the new primary)
+    :ivar snapshot: that it goes on from; ``age`` in seconds then, None where it is not known
+    :ivar beyond: what the former primary is known to have beyond that
+    :ivar aside: names under which data is kept that only this copy had
+    :ivar without_primary: seconds in which there was no writable copy
+    :ivar reasons: why it could be, a sentence each
+    """
+
+    verb: RoleVerb
+    volume: str
+    node: str
+    role: str
+    epoch: int
+    snapshot: str
+    age: float | None = None
+    beyond: str = ""
+    aside: tuple[str, ...] = ()
+    without_primary: float | None = None
+    done: int = 0
+    sent: int = 0
+    reasons: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Note:
     """Something that long work says while it goes on, besides progress."""
@@ -342,6 +422,12 @@ class Control(Protocol):
     def restore(self, snapshot: str, to: str, listen: Listener, cancel: Cancellation) -> Restored:
         """``STORAGE:NAME@SNAPSHOT`` -> new volume ``STORAGE:NAME`` of this node, wherever the snapshot is."""
 
+    def preview_role(self, order: RoleOrder) -> RolePreview:
+        """What :meth:`change_role` would do. :raises ConflictError: it may not be; why, and the way out"""
+
+    def change_role(self, order: RoleOrder, listen: Listener, cancel: Cancellation) -> RoleReport:
+        """Promote, demote, switch over or rejoin. Idempotent: what was cut off is finished, or undone."""
+
     def history(self, limit: int) -> tuple[HistoryEntry, ...]:
         """What happened, newest first."""
 
@@ -357,6 +443,7 @@ class Control(Protocol):
 
 __all__ = [
     "Control",
+    "CopyStatus",
     "Finding",
     "Happening",
     "HistoryEntry",
@@ -373,6 +460,10 @@ __all__ = [
     "ReplicaStatus",
     "Restored",
     "ResyncPreview",
+    "RoleOrder",
+    "RolePreview",
+    "RoleReport",
+    "RoleVerb",
     "RunReport",
     "SideSnapshots",
     "State",

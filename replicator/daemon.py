@@ -250,7 +250,7 @@ class _Daemon:
         server = Server(
             listener,
             node.identity,
-            Directory(config, endpoint_for_peers(config, node.local)),
+            Directory(config, endpoint_for_peers(config, node.local, node.network)),
             deadlines=deadlines(config),
             refused=refused,
         )

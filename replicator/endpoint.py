@@ -326,6 +326,62 @@ class Head:
     partial: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class RoleChange:
+    """Make a copy primary or replica, or raise its epoch: compare-and-set, so that a request which comes late or twice
+    changes nothing; see :func:`replicator.roles.check_change`.
+
+    :ivar expected: the lineage that the copy must have now
+    :ivar lineage: the one that it has afterwards; the same family, and an epoch that is not older
+    :ivar at: of a promotion: the snapshot that becomes its live data, and must be its newest; of a demotion: the
+        snapshot that its live data must be equal to, None: whatever its live data is, it stays as it is
+    """
+
+    volume: VolumeId
+    expected: Lineage
+    lineage: Lineage
+    at: VersionRef | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A copy of a family on one node, as those who may take its place need to know it.
+
+    :ivar newest: its newest complete snapshot
+    :ivar changed: its live data may be newer than that
+    """
+
+    volume: VolumeId
+    lineage: Lineage
+    newest: Version | None
+    changed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """The copies of a family on one node.
+
+    :ivar unseen: storages that could not be looked into: what they have is not known
+    """
+
+    found: tuple[Copy, ...]
+    unseen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """What one node says of another one.
+
+    :ivar node: that was looked for
+    :ivar copies: what it answered; None: it did not
+    :ivar message: why it did not
+    """
+
+    node: str
+    copies: Copies | None
+    message: str = ""
+
+
 @runtime_checkable
 class Endpoint(Protocol):
     """A node, as far as replication needs it.
@@ -447,12 +503,42 @@ class Endpoint(Protocol):
 
         None if there is no such data. The volume's lineage becomes that of a replica if it had none or was promoted
         by hand; the caller gives the right one with the next receive.
+
+        :raises NotAReplica: a peer asks, and it is the primary of its family here
         """
 
     def adopt(self, volume: VolumeId, lineage: Lineage) -> None:
         """Make an existing volume a replica of ``lineage``, for resync only; its data stays as it is until then.
 
         :raises StaleEpoch: the volume is of the same lineage with a newer epoch
+        """
+
+    def change_role(self, change: RoleChange) -> Lineage:
+        """Change a copy's role or epoch, durably and in one step; its lineage afterwards.
+
+        Promoting discards a half-received version (a receive that is under way is ended first) and makes the newest
+        complete snapshot the live data, writable. Demoting makes live data read-only where the storage can, and takes
+        it away where a replica has none. A copy that has the new lineage already is left as it is; but a primary whose
+        live data is missing, as its last change was cut off, gets it from ``at``.
+
+        :raises ConflictError: it has neither the expected lineage nor the new one (kind ``role_changed``), or the
+            change is none that may be (``illegal_role``)
+        :raises VolumeChanged: its newest snapshot is not ``at``; or its live data is not, or is beside it (a replica
+            that was written to)
+        :raises VolumeBusy: to be demoted, and in use
+        """
+
+    def copies(self, lineage: str) -> Copies:
+        """The copies of a family that this node has, by the family's uuid.
+
+        Whoever knows a uuid has a copy, so every listed peer may ask.
+        """
+
+    def sight(self, node: str, lineage: str) -> Sighting:
+        """Ask this node whether it reaches a third one, and what that has of a family: a witness for who is about to
+        promote a copy.
+
+        :raises Unsupported: this node cannot look (no daemon answers here)
         """
 
     def rename(self, volume: VolumeId, new: VolumeId) -> None:

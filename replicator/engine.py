@@ -18,6 +18,7 @@ from replicator import leftovers, logs, mismatches
 from replicator.cancellation import Cancellation
 from replicator.config import Config
 from replicator.control import (
+    CopyStatus,
     Finding,
     HistoryEntry,
     Listener,
@@ -30,6 +31,9 @@ from replicator.control import (
     ReplicaStatus,
     Restored,
     ResyncPreview,
+    RoleOrder,
+    RolePreview,
+    RoleReport,
     RunReport,
     SideSnapshots,
     State,
@@ -41,11 +45,13 @@ from replicator.mending import Mender, Results
 from replicator.model import (
     Progress,
     VolumeId,
+    VolumeInfo,
     snapshot_name,
 )
 from replicator.orphans import examine, find_orphans, remove
 from replicator.pruning import source_request, target_request
 from replicator.restoring import Place, Restores, restore
+from replicator.role_changes import RoleChanger
 from replicator.runs import Runner
 from replicator.settings import Job
 from replicator.surveys import Survey
@@ -76,6 +82,10 @@ class Timetable(Protocol):
 class Nodes(Network, Protocol):
     """The network, and what is known of the peers."""
 
+    @property
+    def role_changes(self) -> int:
+        """How often the role of a copy on this node was changed, whoever asked for it."""
+
     def peers(self, *, probe: bool) -> tuple[PeerStatus, ...]:
         """Every configured peer; with ``probe`` each is asked now."""
 
@@ -85,6 +95,9 @@ class Memory(Results, Protocol):
 
     def entries(self, limit: int) -> tuple[HistoryEntry, ...]:
         """Newest first."""
+
+    def event(self, kind: str, subject: str, message: str = "") -> None:
+        """Something worth remembering."""
 
     def recall(self, key: ReplicaKey) -> dict[str, object]:
         """Fields of :class:`~replicator.tracker.Replica` as the history has them."""
@@ -115,6 +128,8 @@ class Engine:
         self._daemon = daemon
         self._check = check
         self._clock = clock
+        self._roles = RoleChanger(config, nodes, runner, memory, clock=clock)
+        self._copies: tuple[int, tuple[CopyStatus, ...]] = (0, ())
         self._orphans: dict[str, tuple[Orphan, ...]] = {}
         self.restores = Restores()
 
@@ -149,6 +164,7 @@ class Engine:
 
     def refresh(self) -> None:
         """List all volumes and replicas anew. A job whose source does not answer keeps what was known."""
+        self._look_at_roles()
         for job in self._jobs():
             try:
                 tasks = self._runner.tasks.of(job)
@@ -178,7 +194,7 @@ class Engine:
 
     def _look_for_orphans(self, job: Job, tasks: Sequence[Task]) -> None:
         """Replicas whose sources are gone. Of a target that does not answer, what was known stays."""
-        present = frozenset(task.pair.source_volume for task in tasks)
+        present = frozenset(task.volume for task in tasks)
         known = self._orphans.get(job.name, ())
         found: list[Orphan] = []
         for target in job.targets:
@@ -190,10 +206,30 @@ class Engine:
                 found += find_orphans(job, target, present, listed)
         self._orphans[job.name] = tuple(found)
 
+    def _look_at_roles(self) -> None:
+        """The copies that this node has. A storage that is not there has none."""
+        as_of = self._nodes.role_changes
+        own = self._nodes.endpoint(self._nodes.node)
+        found: list[CopyStatus] = []
+        for storage in self._config.storages:
+            with suppress(ReplicatorError):
+                found += [_copy(volume) for volume in own.volumes(storage) if volume.lineage is not None]
+        self._copies = as_of, tuple(found)
+
+    def preview_role(self, order: RoleOrder) -> RolePreview:
+        """See Control."""
+        return self._roles.preview(order)
+
+    def change_role(self, order: RoleOrder, listen: Listener, cancel: Cancellation) -> RoleReport:
+        """See Control."""
+        return self._roles.change(order, listen, cancel)
+
     def status(self) -> Status:
         """See Control."""
         if not self._daemon:
             self.refresh()
+        elif self._copies[0] != self._nodes.role_changes:
+            self._look_at_roles()
         return Status(
             self._config.node.name,
             version(),
@@ -202,6 +238,7 @@ class Engine:
             tuple(self._row(replica) for replica in self._tracker.all()),
             self._nodes.peers(probe=False),
             tuple(orphan for name in sorted(self._orphans) for orphan in self._orphans[name]),
+            self._copies[1],
         )
 
     def _row(self, replica: Replica) -> ReplicaStatus:
@@ -289,7 +326,7 @@ class Engine:
         return PlannedReplica(key.job, key.volume, key.target, steps, (), self._target_prunes(task, survey), notes)
 
     def _source_prunes(self, task: Task, protect: frozenset[str]) -> tuple[PruneOutcome, ...]:
-        ours = source_request(task.job, task.pair.source_volume, protect, dry_run=True)
+        ours = source_request(task, protect, dry_run=True)
         return tuple(outcome for outcome in task.pair.source.prune(ours) if not outcome.kept)
 
     def _target_prunes(self, task: Task, survey: Survey) -> tuple[PruneOutcome, ...]:
@@ -414,8 +451,8 @@ class Engine:
         for task in self._runner.tasks.of(item):
             by_volume.setdefault(task.pair.source_volume, []).append(task)
         reports = []
-        for volume, tasks in by_volume.items():
-            request = source_request(item, volume, self._runner.surveys.protected(tasks), dry_run=dry_run)
+        for tasks in by_volume.values():
+            request = source_request(tasks[0], self._runner.surveys.protected(tasks), dry_run=dry_run)
             reports.append(_pruned(tasks[0].pair.source, request))
             for task in tasks:
                 try:
@@ -496,6 +533,12 @@ class Engine:
     def check(self) -> tuple[Finding, ...]:
         """See Control."""
         return self._check()
+
+
+def _copy(volume: VolumeInfo) -> CopyStatus:
+    if volume.lineage is None:
+        raise AssertionError  # only copies are asked for
+    return CopyStatus(str(volume.id), str(volume.lineage.role), volume.lineage.epoch)
 
 
 def _pruned(endpoint: Endpoint, request: PruneRequest) -> PruneReport:

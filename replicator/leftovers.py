@@ -77,8 +77,8 @@ def _may_be_anothers(state: VolumeState, config: Config) -> bool:
     """Whether a job of another node may protect versions of this volume of ours."""
     if state.lineage is None:
         return True
-    if any(state.id.storage in peer.may_pull_from for peer in config.peers.values()):
-        return True  # a job of a peer that pulls
+    if any(state.id.storage in (*peer.may_pull_from, *peer.may_switch) for peer in config.peers.values()):
+        return True  # a job of a peer that pulls, or that follows what was handed over to this node
     if state.lineage.role is Role.PRIMARY:
         return False
     above = state.id.name.partition("/")[0]

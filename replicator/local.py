@@ -7,9 +7,8 @@ time, lineage rules are enforced, retention is decided. Backends know only their
 from __future__ import annotations
 
 import secrets
-import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, tzinfo
@@ -20,6 +19,8 @@ from replicator.cancellation import Cancellation
 from replicator.diff_format import Piece
 from replicator.diff_streams import pieces_of
 from replicator.endpoint import (
+    Copies,
+    Copy,
     DigestBatch,
     DigestRequest,
     Head,
@@ -29,14 +30,17 @@ from replicator.endpoint import (
     ReceiveMode,
     ReceiveRequest,
     RemoveRequest,
+    RoleChange,
     Scrub,
     ScrubRequest,
     SendRequest,
+    Sighting,
     SnapshotRequest,
     Taken,
     VolumeListing,
 )
 from replicator.errors import (
+    Cancelled,
     ConflictError,
     NoSuchVolume,
     NotAReplica,
@@ -46,7 +50,6 @@ from replicator.errors import (
     StorageUnavailable,
     Unsupported,
     UsageError,
-    VolumeBusy,
 )
 from replicator.model import (
     Capability,
@@ -61,35 +64,12 @@ from replicator.model import (
     VolumeId,
     VolumeInfo,
     VolumeState,
+    waits_for_rejoin,
 )
 from replicator.removing import check_removable, keeps_a_minimum
-from replicator.roles import check_may_receive, stale_epoch
+from replicator.roles import check_change, check_may_receive, newest_complete, stale_epoch
 from replicator.streams import KEY_SIZE, Stream
-
-
-class VolumeLocks:
-    """At most one writing operation of a volume at a time, in this process."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._busy: dict[VolumeId, str] = {}
-
-    @contextmanager
-    def writing(self, volume: VolumeId, what: str) -> Iterator[None]:
-        """Have the volume to oneself. :raises VolumeBusy: at once, where another operation has it"""
-        with self._lock:
-            other = self._busy.get(volume)
-            if other is not None:
-                raise VolumeBusy(
-                    f"volume {volume} is in use: {other} is under way, so {what} cannot begin",
-                    hint="wait until it is done; `replicator status` shows what runs",
-                )
-            self._busy[volume] = what
-        try:
-            yield
-        finally:
-            with self._lock:
-                del self._busy[volume]
+from replicator.volume_locks import RoleChanges, VolumeLocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +103,8 @@ class LocalEndpoint:
     :param backends: by storage name
     :param zone: the time zone in which the hours, days and weeks of a retention policy begin
     :param view: whom it is for, where that is a peer (:meth:`for_peer`)
+    :param witness: looks for a third node, see :meth:`~replicator.endpoint.Endpoint.sight`; None: it cannot
+    :ivar role_changes: of this node, whoever asked for them
     """
 
     def __init__(
@@ -133,16 +115,28 @@ class LocalEndpoint:
         zone: tzinfo = UTC,
         view: PeerView | None = None,
         locks: VolumeLocks | None = None,
+        witness: Callable[[str, str], Sighting] | None = None,
+        role_changes: RoleChanges | None = None,
     ) -> None:
         self._node = names.check_node(node)
         self._backends = dict(backends)
         self._zone = zone
         self._view = view
         self._locks = locks or VolumeLocks()
+        self._witness = witness
+        self.role_changes = role_changes or RoleChanges()
 
-    def for_peer(self, view: PeerView) -> LocalEndpoint:
+    def for_peer(self, view: PeerView, witness: Callable[[str, str], Sighting] | None = None) -> LocalEndpoint:
         """The same node, as a peer gets to ask it."""
-        return LocalEndpoint(self._node, self._backends, zone=self._zone, view=view, locks=self._locks)
+        return LocalEndpoint(
+            self._node,
+            self._backends,
+            zone=self._zone,
+            view=view,
+            locks=self._locks,
+            witness=witness,
+            role_changes=self.role_changes,
+        )
 
     @property
     def node(self) -> str:
@@ -251,6 +245,7 @@ class LocalEndpoint:
                 return again
             lineage = Lineage(str(uuid.uuid4()), Role.PRIMARY, 1)
             self._of(volume).set_lineage(volume.name, lineage)
+        self.role_changes.add()
         return lineage
 
     def snapshot(self, request: SnapshotRequest) -> tuple[Taken, ...]:
@@ -373,13 +368,16 @@ class LocalEndpoint:
         if request.lineage is None and request.mode is not ReceiveMode.RESTORE:
             raise UsageError(f"no lineage is given for the replica {request.volume}", hint="")
         backend = self._of(request.volume)
-        with self._locks.writing(request.volume, f"receiving {request.to.name}"):
+        doing = f"receiving {request.to.name}"
+        with cancel.child() as part, self._locks.writing(request.volume, doing, part):
             if request.lineage is not None and request.mode is not ReceiveMode.RESTORE:
                 there: VolumeInfo | VolumeState | None = backend.brief(request.volume.name)
                 if there is not None and there.lineage is None:
                     there = backend.state(request.volume.name)
                 check_may_receive(request.volume, there, request.lineage, request.to.guid)
-            return backend.receive(request, stream, cancel)
+                if there is None or there.lineage is None or there.lineage.epoch != request.lineage.epoch:
+                    self.role_changes.add()
+            return backend.receive(request, stream, part)
 
     def _check_protectable(self, volume: VolumeId) -> None:
         """The same for what is done to sources, too."""
@@ -397,18 +395,102 @@ class LocalEndpoint:
         names.check_snapshot(name)
         with self._locks.writing(volume, "keeping its own data aside"):
             self._check_changeable(volume)
+            self._check_not_primary(volume)
+            self.role_changes.add()
             return self._of(volume).set_aside(volume.name, name)
 
     def adopt(self, volume: VolumeId, lineage: Lineage) -> None:
         """See :class:`~replicator.endpoint.Endpoint`."""
         with self._locks.writing(volume, "making it a replica"):
             self._check_changeable(volume)
+            self._check_not_primary(volume)
             current = self._existing(volume).lineage
             if current is not None and current.uuid == lineage.uuid and current.epoch > lineage.epoch:
                 raise stale_epoch(volume, current, lineage)
             replica = Lineage(lineage.uuid, Role.REPLICA, lineage.epoch)
             if current != replica:
                 self._of(volume).set_lineage(volume.name, replica)
+                self.role_changes.add()
+
+    def _check_not_primary(self, volume: VolumeId) -> None:
+        """:raises NotAReplica: a peer asks for what ends a primary: that takes a change of role, or this node"""
+        found = self._of(volume).brief(volume.name) if self._view is not None else None
+        if found is not None and found.lineage is not None and found.lineage.role is Role.PRIMARY:
+            raise NotAReplica(
+                f"volume {volume} of node {self._node} is a primary there (epoch {found.lineage.epoch})",
+                hint="if it was promoted, it has the newer data: `replicator rejoin` on the node that was the primary "
+                f"before; or make it a replica with `replicator demote {volume}` on {self._node}",
+            )
+
+    # -- roles
+
+    def change_role(self, change: RoleChange) -> Lineage:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        volume, new = change.volume, change.lineage
+        backend = self._of(volume)
+        self._check_may_change(change)
+        promotes = new.role is Role.PRIMARY and change.at is not None
+        if promotes and check_change(self._existing(volume), change):
+            # Only one that is going to be: a request that comes late must not stop anything.
+            self._locks.interrupt(
+                volume,
+                Cancelled(f"{volume} is being promoted", hint="what was received of the next snapshot is discarded"),
+            )
+        with self._locks.writing(volume, f"making it a {new.role}"):
+            wanted = check_change(self._existing(volume), change)
+            if promotes and change.at is not None:
+                if wanted:
+                    backend.abort_receive(volume.name)
+                backend.promote(volume.name, new, change.at)
+            elif wanted and change.expected.role is not new.role:
+                backend.demote(volume.name, new, change.at)
+            elif wanted:
+                backend.set_lineage(volume.name, new)
+        self.role_changes.add()
+        return new
+
+    def _check_may_change(self, change: RoleChange) -> None:
+        """A peer hands over, or takes back, what it has replicated here; nothing else.
+
+        :raises NotAReplica: it is a volume of this node's own
+        """
+        if self._view is None:
+            return
+        state = self._existing(change.volume)
+        tags = (HoldTag.parse(tag) for version in state.versions for tag in version.tags)
+        here = (self._node, change.volume.storage)
+        came_here = any(tag is not None and (tag.node, tag.storage) == here for tag in tags)
+        if not came_here and not self._view.owns(change.volume, state.lineage):
+            raise NotAReplica(
+                f"volume {change.volume} of node {self._node} was never replicated here",
+                hint=f"change its role on {self._node}",
+            )
+
+    def copies(self, lineage: str) -> Copies:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found: list[Copy] = []
+        unseen: list[str] = []
+        for name, backend in sorted(self._backends.items()):
+            try:
+                listed = backend.volumes()
+                for volume in listed:
+                    if volume.lineage is not None and volume.lineage.uuid == lineage:
+                        state = backend.state(volume.id.name)
+                        if state is not None and state.lineage is not None:
+                            changed = state.head_changed or state.lineage.role is Role.PRIMARY
+                            found.append(Copy(state.id, state.lineage, newest_complete(state), changed))
+            except ReplicatorError:
+                unseen.append(name)
+        return Copies(tuple(found), tuple(unseen))
+
+    def sight(self, node: str, lineage: str) -> Sighting:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        names.check_node(node)
+        if node == self._node:
+            return Sighting(node, self.copies(lineage))
+        if self._witness is None:
+            raise Unsupported(f"node {self._node} cannot look for node {node} now", hint="start its daemon")
+        return self._witness(node, lineage)
 
     def rename(self, volume: VolumeId, new: VolumeId) -> None:
         """See :class:`~replicator.endpoint.Endpoint`."""
@@ -458,6 +540,7 @@ class LocalEndpoint:
         backend = self._of(request.volume)
         self._check_protectable(request.volume)
         state = self._existing(request.volume)
+        self._check_prunable(request, state)
         policy = retention.parse(request.keep)
         protect = frozenset(request.protect)
         decisions = retention.apply(state.versions, policy, job=request.job, protect=protect, zone=self._zone)
@@ -471,9 +554,12 @@ class LocalEndpoint:
             }
         outcomes = []
         others = self._of_another(request, state)
+        awaited = max((v.position for v in state.versions if waits_for_rejoin(v)), default=None)
         for decision in decisions:
             version, kept, reason = decision.version, decision.keep, decision.reason
-            if not kept and others:
+            if not kept and awaited is not None and version.position <= awaited:
+                kept, reason = True, "it was promoted, and a copy that has not followed yet may need it"
+            elif not kept and others:
                 kept, reason = True, f"kept: {others}"
             elif not kept and version.guid in floor:
                 kept, reason = True, f"this node's minimum: {floor[version.guid]}"
@@ -486,6 +572,16 @@ class LocalEndpoint:
         except ReplicatorError as error:
             failed = dict.fromkeys(going, error)
         return tuple(_after(outcome, failed.get(outcome.version.ref)) for outcome in outcomes)
+
+    def _check_prunable(self, request: PruneRequest, state: VolumeState) -> None:
+        """:raises NotAReplica: a peer may push there, and what it once pushed is a primary now"""
+        view, lineage = self._view, state.lineage
+        promoted = lineage is not None and lineage.role is Role.PRIMARY
+        if view is not None and promoted and request.volume.storage not in view.sources:
+            raise NotAReplica(
+                f"volume {request.volume} of node {self._node} is a primary there: node {view.peer} prunes it no more",
+                hint=f"`replicator rejoin` on {view.peer}",
+            )
 
     def remove(self, request: RemoveRequest) -> None:
         """See :class:`~replicator.endpoint.Endpoint`."""
@@ -506,6 +602,7 @@ class LocalEndpoint:
             for error in failed.values():
                 raise error
             backend.remove(volume.name)
+            self.role_changes.add()
 
     def _of_another(self, request: PruneRequest, state: VolumeState) -> str:
         """Why the snapshots of that job are not the peer's to prune; "" where they are. Snapshots have the names of

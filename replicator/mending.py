@@ -97,7 +97,8 @@ class Mender:
         """
         pair, options = task.pair, self._runner.options(task)
         with self._runner.turns.exclusive(task, cancel):
-            failed = self._runner.snapshots.take(task.job, (pair.source_volume,), cancel)
+            at = pair.source if task.reversed else None
+            failed = self._runner.snapshots.take(task.job, (pair.source_volume,), cancel, at=at)
             if pair.source_volume in failed:
                 raise failed[pair.source_volume]
             source, state = pair.source.state(pair.source_volume), pair.target.state(pair.target_volume)
@@ -218,7 +219,8 @@ class Mender:
     def _renew(self, task: Task, observer: Observer, cancel: Cancellation) -> None:
         """Take a snapshot and bring it over, in a task that is ours already."""
         pair = task.pair
-        failed = self._runner.snapshots.take(task.job, (pair.source_volume,), cancel)
+        at = pair.source if task.reversed else None
+        failed = self._runner.snapshots.take(task.job, (pair.source_volume,), cancel, at=at)
         if pair.source_volume in failed:
             raise failed[pair.source_volume]
         Replication(pair, self._runner.options(task), observer=observer, cancel=cancel).run()

@@ -224,6 +224,13 @@ class Metrics:
         with self._lock:
             self._store.set("replicator_job_paused", (job,), float(paused))
 
+    def set_copies(self, copies: Iterable[tuple[str, bool, int]]) -> None:
+        """All copies of this node: volume, whether it is a primary, epoch. Others have no series any more."""
+        found = list(copies)
+        with self._lock:
+            self._store.values["replicator_copy_primary"] = {(name,): float(primary) for name, primary, _ in found}
+            self._store.values["replicator_copy_epoch"] = {(name,): float(epoch) for name, _, epoch in found}
+
     def peer(self, name: str, up: bool, round_trip: float | None, clock_difference: float | None) -> None:
         """A peer of the configuration was asked.
 

@@ -116,6 +116,18 @@ METRICS = (
     ),
     Metric("replicator_job_next_run_timestamp_seconds", "gauge", ("job",), "When the job runs next by itself."),
     Metric("replicator_job_paused", "gauge", ("job",), "1 if the operator paused the job."),
+    Metric(
+        "replicator_copy_primary",
+        "gauge",
+        ("volume",),
+        "1 if this node's copy is the primary of its family, 0 if it is a replica.",
+    ),
+    Metric(
+        "replicator_copy_epoch",
+        "gauge",
+        ("volume",),
+        "The epoch of this node's copy, raised by each promotion: alert if a primary has another than its replicas.",
+    ),
     Metric("replicator_peer_up", "gauge", ("peer",), "1 if the peer answered lately."),
     Metric("replicator_peer_round_trip_seconds", "gauge", ("peer",), "Round-trip time of the last heartbeat."),
     Metric(

@@ -212,6 +212,35 @@ def restored_by(tag: str) -> str | None:
     return node if head == f"{SNAPSHOT_PREFIX}:restore" else None
 
 
+def rejoin_tag(node: str) -> str:
+    """The tag under which a copy that was promoted holds what ``node`` needs to follow it."""
+    return names.check_tag(f"{SNAPSHOT_PREFIX}:rejoin:{names.check_node(node)}")
+
+
+def handover_tag(node: str) -> str:
+    """The tag under which a primary that stepped down for ``node`` holds the snapshot that ``node`` goes on from.
+
+    On the newest snapshot of a replica it says that a switch-over may not have come to its end.
+    """
+    return names.check_tag(f"{SNAPSHOT_PREFIX}:handover:{names.check_node(node)}")
+
+
+def kept_tag(node: str) -> str:
+    """The tag under which a copy of ``node`` that follows another one holds what only it has."""
+    return names.check_tag(f"{SNAPSHOT_PREFIX}:kept:{names.check_node(node)}")
+
+
+def waits_for_rejoin(version: Version) -> bool:
+    """Whether a copy on another node may need this version, and so the history up to it, to follow this one."""
+    return any(tag.startswith(f"{SNAPSHOT_PREFIX}:rejoin:") for tag in version.holds)
+
+
+def role_tag_of(tag: str) -> str | None:
+    """The node of a tag of :func:`rejoin_tag`, :func:`handover_tag` or :func:`kept_tag`, None where it is none."""
+    head, _, node = tag.rpartition(":")
+    return node if head in {f"{SNAPSHOT_PREFIX}:{what}" for what in ("rejoin", "handover", "kept")} else None
+
+
 class Role(StrEnum):
     """Whether a copy is the one that is written to, or one that follows it."""
 
@@ -224,7 +253,8 @@ class Lineage:
     """Which family of copies a volume belongs to, and its part in it; kept in the storage beside the data.
 
     :ivar uuid: the same for all copies
-    :ivar epoch: raised by each promotion; data is taken only from an epoch not older than one's own
+    :ivar epoch: raised by each promotion (:func:`replicator.roles.next_epoch`); data is taken only from an epoch not
+        older than one's own
     """
 
     uuid: str

@@ -8,8 +8,8 @@ from datetime import timedelta
 
 from replicator.config import Config
 from replicator.control import PeerStatus
-from replicator.endpoint import Endpoint
-from replicator.errors import ConnectionLost, IdentityError, ReplicatorError, UsageError
+from replicator.endpoint import Endpoint, Sighting
+from replicator.errors import ConnectionLost, IdentityError, ReplicatorError, Unsupported, UsageError
 from replicator.local import LocalEndpoint, PeerView
 from replicator.settings import Job, Peer, RbdStorage, ZfsStorage
 from transport.authorization import PeerRights
@@ -38,7 +38,12 @@ def deadlines(config: Config) -> Deadlines:
 
 def rights(peer: Peer) -> PeerRights:
     """What a peer may ask of this node."""
-    return PeerRights(frozenset(peer.may_push_to), frozenset(peer.may_pull_from), frozenset(peer.same_path))
+    return PeerRights(
+        frozenset(peer.may_push_to),
+        frozenset(peer.may_pull_from),
+        frozenset(peer.same_path),
+        frozenset(peer.may_switch),
+    )
 
 
 class PeerNetwork:
@@ -116,6 +121,11 @@ class PeerNetwork:
         peer = self._peer(node)
         return RemoteEndpoint(peer.name, self._pool(peer))
 
+    @property
+    def role_changes(self) -> int:
+        """See :class:`~replicator.engine.Nodes`."""
+        return self._local.role_changes.count
+
     # -- peers
 
     def peers(self, *, probe: bool) -> tuple[PeerStatus, ...]:
@@ -167,15 +177,29 @@ class PeerNetwork:
             pool.close()
 
 
-def endpoint_for_peers(config: Config, local: LocalEndpoint) -> Callable[[str], Endpoint]:
-    """What each peer gets to ask: this node's endpoint, with the retention that this node insists on for that peer."""
+def endpoint_for_peers(
+    config: Config, local: LocalEndpoint, network: PeerNetwork | None = None
+) -> Callable[[str], Endpoint]:
+    """What each peer gets to ask: this node's endpoint, with the retention that this node insists on for that peer.
+
+    :param network: by which this node looks for a third one where a peer asks whether it is there
+    """
+
+    def witness(node: str, lineage: str) -> Sighting:
+        if network is None or node not in config.peers:
+            raise Unsupported(f"node {config.node.name} does not know a node {node}", hint=f"add [peer.{node}] there")
+        try:
+            return Sighting(node, network.cluster_endpoint(node).copies(lineage))
+        except ReplicatorError as error:
+            return Sighting(node, None, str(error))
 
     def endpoint(name: str) -> Endpoint:
         peer = config.peers.get(name)
         if peer is None:
             return local
         jobs = frozenset(job.name for job in config.jobs.values() if config.is_local(job.source.node))
-        view = PeerView(name, peer.keep or "", frozenset(peer.same_path), frozenset(peer.may_pull_from), jobs)
-        return local.for_peer(view)
+        pulled = frozenset((*peer.may_pull_from, *peer.may_switch))
+        view = PeerView(name, peer.keep or "", frozenset(peer.same_path), pulled, jobs)
+        return local.for_peer(view, witness)
 
     return endpoint

@@ -19,7 +19,6 @@ from replicator.endpoint import Endpoint, PruneRequest
 from replicator.errors import ReplicatorError
 from replicator.model import VolumeId, VolumeState
 from replicator.planning import Common, origin_guids
-from replicator.settings import Job
 from replicator.settling import Place, places, states_of
 from replicator.tasks import Task
 
@@ -29,17 +28,18 @@ INTERVAL = 24 * 3600.0
 """Seconds."""
 
 
-def source_request(job: Job, volume: VolumeId, protect: Set[str], *, dry_run: bool = False) -> PruneRequest:
-    """The request that prunes a volume of a job's source.
+def source_request(task: Task, protect: Set[str], *, dry_run: bool = False) -> PruneRequest:
+    """The request that prunes the volume that a task replicates.
 
     :param protect: guids; of all targets of the job that are known, for one request prunes for all of them
     """
-    return PruneRequest(volume, job.name, job.keep.source, tuple(sorted(protect)), dry_run=dry_run)
+    volume = task.pair.source_volume
+    return PruneRequest(volume, task.job.name, task.keep_source, tuple(sorted(protect)), dry_run=dry_run)
 
 
 def target_request(task: Task, protect: Set[str], *, dry_run: bool = False) -> PruneRequest:
     """The request that prunes one replica."""
-    keep = task.job.keep.target
+    keep = task.keep_target
     return PruneRequest(task.pair.target_volume, task.job.name, keep, tuple(sorted(protect)), dry_run=dry_run)
 
 
@@ -87,7 +87,7 @@ class Pruner:
             pair = task.pair
             ours, theirs = places(pair)
             requests[theirs] = target_request(task, {common.target.guid})
-            requests[ours] = source_request(task.job, pair.source_volume, needed[pair.source_volume])
+            requests[ours] = source_request(task, needed[pair.source_volume])
             endpoints |= {pair.source.node: pair.source, pair.target.node: pair.target}
         due = self._tidying.due(requests)
         if not due:

@@ -207,6 +207,7 @@ class Recording:
             self._metrics.set_state(row.job, row.volume, row.target, row.state)
             self._metrics.set_next_run(row.job, row.next_sync)
             self._metrics.set_paused(row.job, row.paused)
+        self._metrics.set_copies((copy.volume, copy.role == "primary", copy.epoch) for copy in status.copies)
         for peer in status.peers:
             self._metrics.peer(peer.node, peer.up, peer.round_trip, peer.clock_difference)
         return self._metrics.render()

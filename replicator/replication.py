@@ -31,6 +31,8 @@ from replicator.model import (
     VolumeInfo,
     VolumeState,
     clone_tag,
+    handover_tag,
+    rejoin_tag,
     verify_tag,
 )
 from replicator.origins import OriginThere, find_origin
@@ -162,6 +164,17 @@ class Way(Protocol):
     @property
     def target_text(self) -> str:
         """Where it goes, as people name it."""
+
+
+def primary_lineage(pair: Pair) -> Lineage:
+    """The lineage of a source; one that has none yet gets it, which takes more of a right than to look.
+
+    :raises ConflictError: the source is a replica
+    """
+    state = pair.source.state(pair.source_volume)
+    if state is not None and state.lineage is not None and state.lineage.role is Role.PRIMARY:
+        return state.lineage
+    return pair.source.ensure_primary(pair.source_volume)
 
 
 class Meter:
@@ -401,7 +414,7 @@ class Replication:
             begun to send: of one that cannot (a key is not loaded, a pool is suspended or damaged, a right is missing)
             the target learns nothing, and has its replica
         """
-        lineage = self._pair.source.ensure_primary(self._pair.source_volume)
+        lineage = primary_lineage(self._pair)
         committed = self._transfer(step, lineage, ReceiveMode.REBUILD, aside, prepare)
         self.outcome.steps += 1
         self._settle(step, committed)
@@ -519,7 +532,9 @@ class Replication:
             if common is not None and common in state.snapshots:
                 self._hold(endpoint, volume, common)
             stale = stale_holds(state, pair.tag, frozenset({newest.guid}))
-            for work in (clone_tag(pair.tag), verify_tag(pair.tag)):
+            # Now that it has followed, it needs no more than the newest that both have.
+            changed = rejoin_tag(pair.target.node) if endpoint is pair.source else handover_tag(pair.source.node)
+            for work in (clone_tag(pair.tag), verify_tag(pair.tag), changed):
                 stale += stale_holds(state, work, frozenset())
             for version, tag in stale:
                 self._release(endpoint, volume, version, tag)

@@ -5,10 +5,86 @@ Checked by the endpoint before a storage is touched, and again by each backend u
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
-from replicator.errors import NotAReplica, StaleEpoch
-from replicator.model import Lineage, Role, VolumeId, VolumeInfo, VolumeState
+from replicator.endpoint import RoleChange
+from replicator.errors import ConflictError, NotAReplica, StaleEpoch, VolumeChanged
+from replicator.model import Lineage, Role, Version, VolumeId, VolumeInfo, VolumeState
+
+EPOCH_STEP = 1_000_000
+"""Epochs of one promotion after the other are in different millions; see :func:`next_epoch`."""
+MAX_EPOCH = 2**63 - 1
+
+
+def next_epoch(known: Iterable[int], draw: int) -> int:
+    """The epoch of a promotion: in the next million after all that are known, at a place drawn at random.
+
+    Two replicas that are cut off from each other may both be promoted by force. Neither can know the other's epoch,
+    and they must not be the same: so the last six digits are drawn. The digits before them count promotions.
+
+    :param draw: a random number of 0 to ``EPOCH_STEP`` - 1
+    :raises ConflictError: there is none left (somebody has set an epoch by hand)
+    """
+    epoch = (max(known, default=0) // EPOCH_STEP + 1) * EPOCH_STEP + draw % EPOCH_STEP
+    if epoch > MAX_EPOCH:
+        raise ConflictError(
+            f"there is no epoch after {max(known)}", kind="illegal_role", hint="correct the lineage of the copies"
+        )
+    return epoch
+
+
+def newest_complete(state: VolumeState) -> Version | None:
+    """The newest snapshot of a copy, without what was kept aside: what a promotion goes on from."""
+    return next((v for v in reversed(state.snapshots) if not v.is_diverged), None)
+
+
+def check_change(state: VolumeState, change: RoleChange) -> bool:
+    """Whether a change is still to be made; False: it was made already.
+
+    ===========================  ==========================================================================
+    replica → primary            promotion: a newer epoch, and ``at`` is the newest snapshot
+    primary → replica            demotion: the same epoch
+    replica → replica            a newer epoch: promotions that were asked for under the old one come too late
+    primary → primary            a newer epoch: the same for demotions
+    the same → the same          nothing, but to finish what was cut off
+    ===========================  ==========================================================================
+
+    :raises ConflictError, VolumeChanged: see :meth:`replicator.endpoint.Endpoint.change_role`
+    """
+    now, expected, new = state.lineage, change.expected, change.lineage
+    promotes = (expected.role, new.role) == (Role.REPLICA, Role.PRIMARY)
+    demotes = (expected.role, new.role) == (Role.PRIMARY, Role.REPLICA)
+    right_epoch = new.epoch == expected.epoch if demotes or expected == new else new.epoch > expected.epoch
+    if expected.uuid != new.uuid or not right_epoch or (promotes and change.at is None):
+        raise ConflictError(
+            f"{change.volume} cannot become {told(new)} from {told(expected)}", kind="illegal_role", hint=""
+        )
+    if now == new:
+        return False
+    if now != expected:
+        raise ConflictError(
+            f"{change.volume} is {told(now) if now else 'no copy of ours'}, and not {told(expected)} as was expected",
+            kind="role_changed",
+            hint="somebody else changed its role meanwhile: look with `replicator status`, then run it again if needed",
+        )
+    if promotes:
+        newest = newest_complete(state)
+        if change.at is None or newest is None or newest.guid != change.at.guid:
+            raise VolumeChanged(
+                f"the newest snapshot of {change.volume} is {newest.name if newest else 'none'} by now",
+                hint="run it again",
+            )
+        if state.head_changed:
+            raise VolumeChanged(
+                f"{change.volume} was written to although it is a replica",
+                hint="run it again: that is kept aside first",
+            )
+    return True
+
+
+def told(lineage: Lineage) -> str:
+    """A role for people."""
+    return f"a {lineage.role} of epoch {lineage.epoch}"
 
 
 def stale_epoch(volume: VolumeId, mine: Lineage, sender: Lineage) -> StaleEpoch:

@@ -97,7 +97,7 @@ class Runner:
                 done[task.key] = self._task_runs.settled(task, common, as_of, time.monotonic() - began)
                 listen(done[task.key].report)
         done |= self._run_others(job, tasks, taken, listen, cancel)
-        self._prune(job, tasks, taken, done, cancel)
+        self._prune(tasks, taken, done, cancel)
         return tuple(each.report for each in done.values())
 
     def _run_others(
@@ -132,7 +132,6 @@ class Runner:
 
     def _prune(
         self,
-        job: Job,
         tasks: Sequence[Task],
         taken: Snapshotted,
         done: Mapping[ReplicaKey, Done],
@@ -151,7 +150,7 @@ class Runner:
                 settled += [(task, taken.settled[task.key]) for task in of_it]
             elif volume not in taken.failed:
                 protect = frozenset[str]().union(*(done[task.key].protect for task in of_it))
-                self._pruner.prune(self._network.endpoint(job.source.node), source_request(job, volume, protect))
+                self._pruner.prune(of_it[0].pair.source, source_request(of_it[0], protect))
         self._pruner.tidy(settled, cancel)
 
     def healed(self, task: Task, *, made_equal: bool) -> None:

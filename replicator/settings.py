@@ -135,6 +135,7 @@ class Peer(Table):
 
     :ivar may_push_to: storages of ours that it may write replicas into, below its own name
     :ivar may_pull_from: storages of ours that it may read
+    :ivar may_switch: of ``may_push_to``: where it may make its replicas primaries, and replicas again (switch-over)
     :ivar same_path: of ``may_push_to``: where its replicas may have the names of their sources, not only below its own
     :ivar keep: the least that this node keeps of what the peer replicates here, whatever the peer's job says
     """
@@ -144,6 +145,7 @@ class Peer(Table):
     may_push_to: StorageNames = Field((), description=_NAMES)
     may_pull_from: StorageNames = Field((), description=_NAMES)
     same_path: StorageNames = Field((), description=_NAMES)
+    may_switch: StorageNames = Field((), description=_NAMES)
     keep: KeepText | None = Field(None, description=_KEEP)
 
 
@@ -252,6 +254,16 @@ class Limits(Table):
     connect_timeout: Duration = Field(timedelta(seconds=10), description=_DURATION)
     rate_limit: Rate | None = Field(None, description='write for example "200MiB/s"')
     keep_history: Duration = Field(timedelta(days=90), description=_DURATION)
+
+
+class Fence(Table):
+    """``[fence]``: how a primary that may still be writing is stopped before another copy is promoted.
+
+    :ivar command: must end with 0, or nothing is promoted; see :mod:`replicator.role_changes` for its environment
+    """
+
+    command: Argv = Field(description='write a command as a list, for example ["fence_ipmilan", "--ip=10.0.0.9"]')
+    timeout: Duration = Field(timedelta(minutes=1), description=_DURATION)
 
 
 class Log(Table):

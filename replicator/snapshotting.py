@@ -43,22 +43,29 @@ class Snapshots:
         self._clock = clock
 
     def take(
-        self, job: Job, volumes: Sequence[VolumeId], cancel: Cancellation, primaries: Set[VolumeId] = frozenset()
+        self,
+        job: Job,
+        volumes: Sequence[VolumeId],
+        cancel: Cancellation,
+        primaries: Set[VolumeId] = frozenset(),
+        *,
+        at: Endpoint | None = None,
     ) -> dict[VolumeId, ReplicatorError]:
         """Snapshot the volumes under one name, between the job's hooks; which ones failed, and why.
 
         :param primaries: volumes that are known to be marked as such
+        :param at: the node that has them now, where that is not the job's source: its hooks can do nothing there
 
         Raises nothing of the storages: one volume that fails does not keep the others from being protected.
 
         :raises HookFailed: then nothing that was snapshotted is sure to be consistent
         """
-        source = self._network.endpoint(job.source.node)
+        source = at or self._network.endpoint(job.source.node)
         failed: dict[VolumeId, ReplicatorError] = {}
         ready: dict[str, list[VolumeId]] = {}
         for volume in volumes:
             try:
-                if volume not in primaries:
+                if volume not in primaries and at is None:
                     source.ensure_primary(volume)
                 ready.setdefault(volume.storage, []).append(volume)
             except ReplicatorError as error:
@@ -66,7 +73,7 @@ class Snapshots:
         if not ready:
             return failed
         name = snapshot_name(job.name, self._clock())
-        with _quiesced(job, volumes):
+        with _quiesced(job, volumes) if at is None else nullcontext():
             for request in _requests(source, ready, name, failed):
                 cancel.check()
                 try:
@@ -84,25 +91,37 @@ class Snapshots:
         the others have theirs: if it is unchanged still, its newest snapshot is its data of that instant as well, and
         if not, all of them are taken again together. (That look finds everything that was written before the
         instant: see :meth:`~replicator.endpoint.Endpoint.heads`.)
+
+        What was switched over is taken where it is now, apart from the others.
         """
+        found = self._take_changed(job, [task for task in tasks if not task.reversed], cancel, None)
+        turned = {task.pair.source.node: task.pair.source for task in tasks if task.reversed}
+        for node, source in turned.items():
+            there = [task for task in tasks if task.reversed and task.pair.source.node == node]
+            other = self._take_changed(job, there, cancel, source)
+            found = Snapshotted({**found.failed, **other.failed}, {**found.settled, **other.settled})
+        return found
+
+    def _take_changed(self, job: Job, tasks: Sequence[Task], cancel: Cancellation, at: Endpoint | None) -> Snapshotted:
         volumes = tuple(dict.fromkeys(task.pair.source_volume for task in tasks))
         settled, primaries = _look(tasks) if job.skips_unchanged else ({}, frozenset[VolumeId]())
         quiet = {task.pair.source_volume: settled[task.key].source for task in tasks if task.key in settled}
         changed = [volume for volume in volumes if volume not in quiet]
         try:
-            failed = self.take(job, changed, cancel, primaries)
-            if changed and not self._still_quiet(job, quiet):
+            failed = self.take(job, changed, cancel, primaries, at=at)
+            if changed and not self._still_quiet(at or self._network.endpoint(job.source.node), quiet):
                 settled = {}
-                failed = self.take(job, volumes, cancel, primaries)
+                failed = self.take(job, volumes, cancel, primaries, at=at)
         except ReplicatorError as error:  # a hook, or it was stopped
             failed = dict.fromkeys(volumes, error)
         return Snapshotted(failed, settled)
 
-    def _still_quiet(self, job: Job, quiet: Mapping[VolumeId, Version]) -> bool:
+    @staticmethod
+    def _still_quiet(source: Endpoint, quiet: Mapping[VolumeId, Version]) -> bool:
         """Whether nobody has written to these volumes since they had their newest snapshots."""
         if not quiet:
             return True
-        again = heads(self._network.endpoint(job.source.node), tuple(quiet))
+        again = heads(source, tuple(quiet))
         return all(
             (head := again.get(volume)) is not None
             and not head.changed

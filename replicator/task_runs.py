@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from replicator import takeover
 from replicator.cancellation import Cancellation
 from replicator.control import Listener, RunReport
-from replicator.errors import ReplicatorError, VolumeBusy
+from replicator.errors import ConflictError, ReplicatorError, StaleEpoch, VolumeBusy
 from replicator.model import Progress, Version
 from replicator.planning import Common, protected_guids
 from replicator.pruning import Pruner, target_request
@@ -101,6 +103,9 @@ class TaskRuns:
             # Another run brings it over, and reports that. A storage that is busy otherwise is a failure like any.
             skipped = isinstance(error, VolumeBusy) and not its_turn
             report = _failure(report, error, "skipped" if skipped else outcome_of(error))
+            if _says_superseded(error):
+                with suppress(ReplicatorError):
+                    takeover.notice_superseded(task.pair)
         except Exception as error:  # a defect in one task must not stop the others; it is logged in full
             LOG.exception("task failed unexpectedly")
             report = replace(report, outcome="failed", code="internal", message=f"internal error: {error!r}")
@@ -138,6 +143,10 @@ class TaskRuns:
             listen(shown)
 
         return observe
+
+
+def _says_superseded(error: ReplicatorError) -> bool:
+    return isinstance(error, StaleEpoch) or (isinstance(error, ConflictError) and error.kind == "stale_epoch")
 
 
 def _begun(task: Task) -> RunReport:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from replicator.endpoint import Endpoint
 from replicator.errors import NoSuchVolume, ReplicatorError, UsageError
-from replicator.model import VolumeId, VolumeInfo, hold_tag, replica_volume
+from replicator.model import Role, VolumeId, VolumeInfo, VolumeState, hold_tag, replica_volume
 from replicator.origins import origins_of
 from replicator.planning import SendPolicy
 from replicator.replication import Limits, Options, Pacer, Pair
@@ -36,6 +37,8 @@ class Network(Protocol):
 class Task:
     """One volume of a job and one of its targets.
 
+    :ivar volume: as the job's source has it, whichever way it goes now
+    :ivar reversed: the roles were changed: the job's target has the primary now, and the job's source is its replica
     :ivar peer: the other node, or this one where both sides are here
     :ivar origin: the volume that it is a clone of, if the job has that, too: that one goes first, so that the clone can
         be sent as the difference
@@ -48,6 +51,22 @@ class Task:
     peer: str
     origin: VolumeId | None = None
     origins: frozenset[str] = frozenset()
+    reversed: bool = False
+
+    @property
+    def volume(self) -> VolumeId:
+        """The volume as the job's source has it."""
+        return self.pair.target_volume if self.reversed else self.pair.source_volume
+
+    @property
+    def keep_source(self) -> str:
+        """What is kept where the primary is now: a retention policy is that of a place, whatever its role."""
+        return self.job.keep.target if self.reversed else self.job.keep.source
+
+    @property
+    def keep_target(self) -> str:
+        """What is kept where the replica is now."""
+        return self.job.keep.source if self.reversed else self.job.keep.target
 
     @property
     def policy(self) -> SendPolicy:
@@ -68,7 +87,7 @@ class Tasks:
 
     def volumes(self, job: Job) -> tuple[VolumeId, ...]:
         """The volumes that the job's source selects now."""
-        return tuple(volume.id for volume in self._selected(job))
+        return tuple(volume.id for volume in select(job.source.volumes, self._listed(job)))
 
     def of(self, job: Job, volume: str | None = None, target: str | None = None) -> tuple[Task, ...]:
         """The tasks of a job, narrowed to one volume and one target where given: volume by volume. Where it is not
@@ -81,12 +100,9 @@ class Tasks:
         if not targets:
             known = ", ".join(str(t) for t in job.targets)
             raise UsageError(f"job {job.name} has no target {target}", hint=f"its targets are: {known}")
-        selected = self._selected(job)
-        volumes = [v.id for v in selected if volume is None or volume in (str(v.id), self._name_of(job, v.id))]
-        if volume is not None and not volumes:
-            raise NoSuchVolume(
-                f"job {job.name} replicates no volume {volume}", hint=f"`replicator plan {job.name}` lists its volumes"
-            )
+        listed = self._listed(job)
+        selected = select(job.source.volumes, listed)
+        volumes = [v.id for v in selected if self._means(job, volume, v.id)]
         there = {v.id for v in selected}
         clones = {v.id: v.origin.volume for v in selected if v.origin is not None and v.origin.volume in there}
         begun = origins_of(selected)
@@ -95,6 +111,11 @@ class Tasks:
             for v in volumes
             for t in targets
         )
+        tasks += self._former(job, volume, targets, listed)
+        if volume is not None and not tasks:
+            raise NoSuchVolume(
+                f"job {job.name} replicates no volume {volume}", hint=f"`replicator plan {job.name}` lists its volumes"
+            )
         if volume is None and target is None:
             self._reporter.replicated(job.name, frozenset(task.key for task in tasks))
         return tasks
@@ -111,11 +132,63 @@ class Tasks:
         pairs = [self._task(job, source, target).pair for target in job.targets]
         return ((pairs[0].source, source), *((pair.target, pair.target_volume) for pair in pairs)) if pairs else ()
 
-    def _selected(self, job: Job) -> list[VolumeInfo]:
+    def _means(self, job: Job, text: str | None, volume: VolumeId) -> bool:
+        return text is None or text in (str(volume), self._name_of(job, volume))
+
+    def _former(
+        self, job: Job, text: str | None, targets: Sequence[Target], listed: Iterable[VolumeInfo]
+    ) -> tuple[Task, ...]:
+        """Volumes that the job's source selects and that are replicas now, because the roles were changed: replicated
+        from the target that has the primary. What holds their snapshots tells them from replicas of other jobs; those
+        that are below a target's name are such replicas, and not even looked at."""
+        source = self._network.endpoint(job.source.node)
+        replicas = [
+            volume.id
+            for volume in listed
+            if volume.lineage is not None
+            and volume.lineage.role is Role.REPLICA
+            and covers(job.source.volumes, volume.id.storage, volume.id.name)
+            and self._means(job, text, volume.id)
+            and volume.id.name.partition("/")[0] not in {target.node for target in job.targets}
+        ]
+        tags = {hold_tag(job.name, target.node, target.storage): target for target in targets}
+        found: list[Task] = []
+        for listing in source.states(replicas) if replicas else ():
+            if listing.state is None:
+                continue
+            held = {tag for version in listing.state.versions for tag in version.tags}
+            for tag in sorted(held & tags.keys()):
+                found.append(self._reversed_if_so(self._task(job, listing.volume, tags[tag]), listing.state))
+        return tuple(found)
+
+    def _reversed_if_so(self, task: Task, source: VolumeState) -> Task:
+        """The same task from the target to the source, if the target has the primary."""
+        pair = task.pair
+        try:
+            target = pair.target.state(pair.target_volume)
+        except ReplicatorError:  # it is found out again by whatever comes next
+            return task
+        ours, theirs = source.lineage, target.lineage if target is not None else None
+        if ours is None or theirs is None or (theirs.uuid, theirs.role) != (ours.uuid, Role.PRIMARY):
+            return task
+        turned = Pair(pair.target, pair.target_volume, pair.source, pair.source_volume, pair.tag)
+        return replace(task, pair=turned, reversed=True)
+
+    def anyhow(self, job: Job, text: str) -> tuple[Task, ...]:
+        """The tasks of a volume as the job has it configured, whatever the roles of its copies are now."""
+        volumes = [
+            volume.id
+            for volume in self._listed(job)
+            if covers(job.source.volumes, volume.id.storage, volume.id.name) and self._means(job, text, volume.id)
+        ]
+        return tuple(self._task(job, volume, target) for volume in volumes for target in job.targets)
+
+    def _listed(self, job: Job) -> list[VolumeInfo]:
+        """All volumes of the storages that the job's source names."""
         source = self._network.endpoint(job.source.node)
         found: dict[VolumeId, VolumeInfo] = {}
         for storage in included_storages(job.source.volumes):
-            found.update((volume.id, volume) for volume in select(job.source.volumes, source.volumes(storage)))
+            found.update((volume.id, volume) for volume in source.volumes(storage))
         return [found[volume] for volume in sorted(found)]
 
     def _name_of(self, job: Job, volume: VolumeId) -> str:

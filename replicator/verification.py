@@ -26,7 +26,7 @@ from replicator.model import (
     format_time,
     verify_tag,
 )
-from replicator.replication import Meter, ObservedStream, Observer, Options, Outcome, Pair, new_key
+from replicator.replication import Meter, ObservedStream, Observer, Options, Outcome, Pair, new_key, primary_lineage
 from replicator.streams import Chunk, ChunkStream
 from replicator.watchdog import Watchdog
 
@@ -278,7 +278,7 @@ def rebuild(
     key = new_key()
     tag = f"{pair.tag}:resync"
     outcome = Outcome()
-    lineage = pair.source.ensure_primary(pair.source_volume)
+    lineage = primary_lineage(pair)
     with (
         held(pair.source, pair.source_volume, to.ref, tag),
         held(pair.target, pair.target_volume, reference.ref, tag),
@@ -370,7 +370,7 @@ def resync(pair: Pair, to: Version, options: Options, *, observer: Observer, can
     :raises NoSuchVolume, NoSuchSnapshot: the target has nothing to compare with
     """
     _check_kind(pair)
-    lineage = pair.source.ensure_primary(pair.source_volume)
+    lineage = primary_lineage(pair)
     aside = aside_name()
     kept = []
     own = pair.target.set_aside(pair.target_volume, aside)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from replicator.errors import NotAuthorized
-from replicator.model import SNAPSHOT_PREFIX, HoldTag, VolumeId, restored_by
+from replicator.model import SNAPSHOT_PREFIX, HoldTag, VolumeId, restored_by, role_tag_of
 from transport import messages
 from transport.messages import Request
 
@@ -22,6 +22,7 @@ class PeerRights:
 
     :ivar may_push_to: storages that it may write replicas into, below its own name
     :ivar may_pull_from: storages that it may read
+    :ivar may_switch: of ``may_push_to``: where it may make its own replicas primaries, and them replicas again
     :ivar same_path: of ``may_push_to``: where it may write replicas under any name (that no volume has which is not a
         replica: that is for the endpoint to see)
     """
@@ -29,6 +30,7 @@ class PeerRights:
     may_push_to: frozenset[str] = frozenset()
     may_pull_from: frozenset[str] = frozenset()
     same_path: frozenset[str] = frozenset()
+    may_switch: frozenset[str] = frozenset()
 
     def sees(self, storage: str) -> bool:
         """Whether the storage exists for the peer at all."""
@@ -62,6 +64,8 @@ class Authority:
         match request:
             case messages.Storages() | messages.GetCrl() | messages.Renew():
                 return
+            case messages.FindCopies() | messages.Sight():
+                return  # who knows a family's uuid has a copy of it
             case messages.Storage(name=name) | messages.Volumes(storage=name):
                 self._require(self.rights.sees(name), request, f"storage {name}", "may_push_to or may_pull_from")
             case messages.Receive() | messages.AbortReceive() | messages.SetAside() | messages.Adopt():
@@ -74,12 +78,14 @@ class Authority:
                 self._require_write(request, request.new)
             case messages.Remove():
                 self._require_write(request, request.request.volume)
+            case messages.ChangeRole():
+                self._require_switch(request, request.change.volume)
             case messages.EnsurePrimary():
                 pulled = request.volume.storage in self.rights.may_pull_from
                 self._require(pulled, request, f"volume {request.volume}", "may_pull_from")
             case messages.Snapshot():
                 for volume in request.request.volumes:
-                    pulled = volume.storage in self.rights.may_pull_from
+                    pulled = volume.storage in self.rights.may_pull_from or self.may_switch(volume)
                     self._require(pulled, request, f"volume {volume}", "may_pull_from")
             case messages.Hold() | messages.Release():
                 self._require_read(request, request.volume)
@@ -105,13 +111,22 @@ class Authority:
             what += f" (only volumes below {self.peer}/ are its own)"
         self._require(self.may_write(volume), request, what, "may_push_to")
 
+    def may_switch(self, volume: VolumeId) -> bool:
+        """A replica of the peer's own, or what it became when it was promoted, where the peer may hand over."""
+        return self.may_write(volume) and volume.storage in self.rights.may_switch
+
+    def _require_switch(self, request: Request, volume: VolumeId) -> None:
+        self._require_write(request, volume)
+        self._require(self.may_switch(volume), request, f"volume {volume}", "may_switch")
+
     def _require_read(self, request: Request, volume: VolumeId) -> None:
         right = "may_push_to" if volume.name.startswith(f"{self.peer}/") else "may_pull_from"
         self._require(self.may_read(volume), request, f"volume {volume}", right)
 
     def _require_tag(self, request: Request, tag: str) -> None:
-        """Only holds of ours, and none of a job that replicates to a third node, or of a third node's restore."""
-        parsed, restoring = HoldTag.parse(tag), restored_by(tag)
+        """Only holds of ours, and none of a job that replicates to a third node, of a third node's restore, or for a
+        third node to follow."""
+        parsed, restoring = HoldTag.parse(tag), restored_by(tag) or role_tag_of(tag)
         mine = tag.partition(":")[0] == SNAPSHOT_PREFIX
         if parsed is not None:
             mine = parsed.node in (self.peer, self.node)

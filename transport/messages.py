@@ -22,6 +22,7 @@ from replicator import names
 from replicator.endpoint import (
     MAX_DAMAGED,
     MAX_RANGES,
+    Copies,
     DigestRequest,
     Head,
     ManifestRequest,
@@ -30,8 +31,10 @@ from replicator.endpoint import (
     Range,
     ReceiveRequest,
     RemoveRequest,
+    RoleChange,
     ScrubRequest,
     SendRequest,
+    Sighting,
     SnapshotRequest,
     Taken,
     VolumeListing,
@@ -43,6 +46,7 @@ from replicator.model import (
     Origin,
     Property,
     ResumeState,
+    Role,
     StorageInfo,
     StreamKind,
     Version,
@@ -206,6 +210,28 @@ class Adopt:
 
 
 @dataclass(frozen=True, slots=True)
+class ChangeRole:
+    """:meth:`Endpoint.change_role`"""
+
+    change: RoleChange
+
+
+@dataclass(frozen=True, slots=True)
+class FindCopies:
+    """:meth:`Endpoint.copies`"""
+
+    lineage: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """:meth:`Endpoint.sight`"""
+
+    node: str
+    lineage: str
+
+
+@dataclass(frozen=True, slots=True)
 class Rename:
     """:meth:`Endpoint.rename`"""
 
@@ -366,6 +392,9 @@ Request = (
     | Scrub
     | SetAside
     | Adopt
+    | ChangeRole
+    | FindCopies
+    | Sight
     | Rename
     | Properties
     | Prune
@@ -402,6 +431,9 @@ ANSWERS: dict[type[Request], Any] = {
     Scrub: ScrubState,
     SetAside: VersionRef | None,
     Adopt: None,
+    ChangeRole: Lineage,
+    FindCopies: Copies,
+    Sight: Sighting,
     Rename: None,
     Properties: tuple[Property, ...],
     Prune: tuple[PruneOutcome, ...],
@@ -509,6 +541,11 @@ def _size(value: int | None, what: str, *, low: int = 0, high: int = MAX_VOLUME_
 def _guid(value: str | None) -> None:
     if value is not None and not _GUID.fullmatch(value):
         raise InvalidName(f"version identity {value[:80]!r} is not allowed", hint="")
+
+
+def _lineage(value: str) -> None:
+    """A family's uuid, by itself. :raises InvalidName:"""
+    Lineage(value, Role.REPLICA, 1)
 
 
 def _key(value: str) -> None:
@@ -643,6 +680,19 @@ def _check_fields(value: object) -> None:  # noqa: PLR0912, PLR0915 - one case a
             names.check_tag(value.tag)
         case SetAside():
             names.check_snapshot(value.name)
+        case FindCopies():
+            _lineage(value.lineage)
+        case Sight():
+            names.check_node(value.node)
+            _lineage(value.lineage)
+        case Copies():
+            if len(value.found) > MAX_VOLUMES or len(value.unseen) > MAX_VOLUMES:
+                raise _refuse(f"{len(value.found)} copies; at most {MAX_VOLUMES} are told")
+            for storage in value.unseen:
+                names.check_word("storage name", storage)
+        case Sighting():
+            names.check_node(value.node)
+            _text(value.message, "part of an error")
         case Storage():
             names.check_word("storage name", value.name)
         case Volumes():

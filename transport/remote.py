@@ -9,6 +9,7 @@ from typing import Any
 
 from replicator.cancellation import Cancellation
 from replicator.endpoint import (
+    Copies,
     DigestBatch,
     DigestRequest,
     Head,
@@ -17,9 +18,11 @@ from replicator.endpoint import (
     PruneRequest,
     ReceiveRequest,
     RemoveRequest,
+    RoleChange,
     Scrub,
     ScrubRequest,
     SendRequest,
+    Sighting,
     SnapshotRequest,
     Taken,
     VolumeListing,
@@ -246,6 +249,31 @@ class RemoteEndpoint:
     def adopt(self, volume: VolumeId, lineage: Lineage) -> None:
         """See :class:`~replicator.endpoint.Endpoint`."""
         self._call(messages.Adopt(volume, lineage))
+
+    def change_role(self, change: RoleChange) -> Lineage:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found: Lineage = self._call(messages.ChangeRole(change))
+        return found
+
+    def copies(self, lineage: str) -> Copies:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found: Copies = self._call(messages.FindCopies(lineage))
+        if any(copy.lineage.uuid != lineage for copy in found.found):
+            raise ProtocolError(
+                f"node {self.node} answered with copies of another family than was asked for",
+                hint="both nodes must run the same version",
+            )
+        return found
+
+    def sight(self, node: str, lineage: str) -> Sighting:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        found: Sighting = self._call(messages.Sight(node, lineage))
+        if found.node != node:
+            raise ProtocolError(
+                f"node {self.node} answered about another node than was asked for",
+                hint="both nodes must run the same version",
+            )
+        return found
 
     def rename(self, volume: VolumeId, new: VolumeId) -> None:
         """See :class:`~replicator.endpoint.Endpoint`."""

@@ -127,9 +127,20 @@ class Session:
             case _:
                 return self._change(request)
 
+    def _of_roles(self, request: messages.FindCopies | messages.Sight | messages.ChangeRole) -> object:
+        match request:
+            case messages.FindCopies(lineage):
+                return self._endpoint.copies(lineage)
+            case messages.Sight(node, lineage):
+                return self._endpoint.sight(node, lineage)
+            case messages.ChangeRole(change):
+                return self._endpoint.change_role(change)
+
     def _change(self, request: Request) -> object:
         endpoint = self._endpoint
         match request:
+            case messages.FindCopies() | messages.Sight() | messages.ChangeRole():
+                return self._of_roles(request)
             case messages.EnsurePrimary(volume):
                 return endpoint.ensure_primary(volume)
             case messages.Snapshot(snapshot):

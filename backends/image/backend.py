@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from backends.base import OneByOne, not_removable
-from backends.image import probe, replica, snapshotting, source
+from backends.image import probe, replica, roles, snapshotting, source
 from backends.image.catalog import Catalog
 from backends.image.context import Context
 from backends.image.durable import Files
@@ -197,6 +197,16 @@ class ImageBackend(OneByOne):
             catalog = self._existing(volume)
             with catalog.changing("writing its lineage"):
                 catalog.set_lineage(lineage)
+
+    def promote(self, volume: str, lineage: Lineage, at: VersionRef) -> None:
+        """See :class:`~backends.base.Backend`."""
+        with self._context.errors(f"promoting {volume}"):
+            roles.promote(self._context, volume, lineage, at)
+
+    def demote(self, volume: str, lineage: Lineage, at: VersionRef | None) -> None:
+        """See :class:`~backends.base.Backend`."""
+        with self._context.errors(f"demoting {volume}"):
+            roles.demote(self._context, volume, lineage, at)
 
     def hold(self, volume: str, version: VersionRef, tag: str) -> None:
         """See :class:`~backends.base.Backend`."""

@@ -125,7 +125,7 @@ class ChangeFinder:
     ) -> Iterator[Extent]:
         if guard is not None and base_guard is not None:
             found = self._by_digests(guard, base_guard, start)
-        elif _has_maps(self.image.fd):
+        elif has_maps(self.image.fd):
             found = changes.mapped(self.image, base, start)
             if guard is None and base_guard is None:
                 return changes.merged(found)
@@ -160,12 +160,13 @@ class ChangeFinder:
                     return changes.total(blocks, start) + changes.total(grown, start)
             except BadRecord:
                 return None
-        if self.to.meta.digests or self.base.meta.digests or not _has_maps(self.image.fd):
+        if self.to.meta.digests or self.base.meta.digests or not has_maps(self.image.fd):
             return None
         return changes.total(changes.mapped_estimate(self.image, self._base_image), start)
 
 
-def _has_maps(fd: int) -> bool:
+def has_maps(fd: int) -> bool:
+    """Whether the file system tells where the blocks of a file lie."""
     try:
         fiemap(fd, 0, 1, 1)
     except OSError as error:

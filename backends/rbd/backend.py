@@ -17,6 +17,7 @@ from backends.rbd import (
     layout,
     records,
     replica,
+    roles,
     snapshotting,
     source,
     target,
@@ -258,6 +259,17 @@ class RbdBackend(OneByOne):
             self._context.opened(session, volume, read_only=False) as (image, found),
         ):
             image.metadata_set(records.LINEAGE, records.encode_lineage(lineage, found.image))
+
+    def promote(self, volume: str, lineage: Lineage, at: VersionRef) -> None:
+        """See :class:`~backends.base.Backend`."""
+        roles.change(self._context, volume, lineage, at)
+
+    def demote(self, volume: str, lineage: Lineage, at: VersionRef | None) -> None:
+        """See :class:`~backends.base.Backend`."""
+        if at is None:
+            self.set_lineage(volume, lineage)
+        else:
+            roles.change(self._context, volume, lineage, at)
 
     def hold(self, volume: str, version: VersionRef, tag: str) -> None:
         """See :class:`~backends.base.Backend`."""

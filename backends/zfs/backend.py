@@ -20,6 +20,7 @@ from backends.zfs import (
     reading,
     renaming,
     replica,
+    roles,
     scrubbing,
     sending,
     snapshotting,
@@ -252,6 +253,14 @@ class ZfsBackend(OneByOne):
         if lineage.role is Role.REPLICA:
             settings = (*aside.REPLICA_PROPERTIES, *settings)
         self._context.change("zfs", "set", *settings, dataset.name, dataset=dataset.name, doing="marking")
+
+    def promote(self, volume: str, lineage: Lineage, at: VersionRef) -> None:
+        """See :class:`~backends.base.Backend`. It stays unmounted: that is for whoever uses it."""
+        roles.promote(self._context, volume, lineage, at)
+
+    def demote(self, volume: str, lineage: Lineage, at: VersionRef | None) -> None:
+        """See :class:`~backends.base.Backend`."""
+        roles.demote(self._context, volume, lineage, at)
 
     # -- versions
 

@@ -68,6 +68,15 @@ SECTIONS: tuple[tuple[str, tuple[Entry, ...]], ...] = (
         ),
     ),
     (
+        "Change roles",
+        (
+            Entry("promote", "roles", "Make a replica the primary, as the primary is lost."),
+            Entry("switchover", "roles", "Hand a volume over to another node, without loss."),
+            Entry("rejoin", "roles", "Make a former primary follow the new one."),
+            Entry("demote", "roles", "Make a primary a replica."),
+        ),
+    ),
+    (
         "Manage jobs",
         (
             Entry("prune", "jobs", "Apply a job's retention now."),

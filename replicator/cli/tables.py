@@ -16,7 +16,7 @@ from rich.text import Text
 
 from replicator import units
 from replicator.cli.output import safe, styled
-from replicator.control import PeerStatus, ReplicaStatus, RunReport, State, Status
+from replicator.control import CopyStatus, PeerStatus, ReplicaStatus, RunReport, State, Status
 from replicator.model import Progress
 
 NOTHING = "-"
@@ -260,6 +260,9 @@ def status_view(status: Status, *, width: int) -> RenderableType:
     running = [row.progress for row in status.replicas if row.progress is not None]
     if running:
         parts += [progress_table(running, width=width), Text()]
+    changed = [copy for copy in status.copies if copy.epoch > 1]
+    if changed:
+        parts += [_roles(changed), Text()]
     # What went wrong last time is of no interest while it is being tried again.
     waiting = [row for row in status.replicas if row.state is not State.RUNNING]
     lines = problems((f"{row.volume} → {row.target}", row.message, row.hint) for row in waiting)
@@ -273,6 +276,14 @@ def status_view(status: Status, *, width: int) -> RenderableType:
         parts += [*lines, Text()]
     parts.append(_sentence(status))
     return Group(*parts)
+
+
+def _roles(copies: Iterable[CopyStatus]) -> Table:
+    """The copies of this node whose roles were changed; the others are what they have always been."""
+    table = plain_table("COPY HERE", "ROLE", "EPOCH", right=(2,))
+    for copy in copies:
+        table.add_row(safe(copy.volume), safe(copy.role), str(copy.epoch))
+    return table
 
 
 GONE = "its source is gone; the replica is kept"

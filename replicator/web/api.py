@@ -28,6 +28,9 @@ from replicator.control import (
     OrphanReport,
     PlannedReplica,
     ResyncPreview,
+    RoleOrder,
+    RolePreview,
+    RoleVerb,
     SideSnapshots,
     Status,
 )
@@ -40,6 +43,7 @@ MAX_HISTORY = 100_000
 """Entries of one answer, at most."""
 
 Text = Annotated[str, Query(min_length=1, max_length=messages.MAX_TEXT)]
+OptionalText = Annotated[str, Query(max_length=messages.MAX_TEXT)]
 
 _STATUSES: tuple[tuple[type[errors.ReplicatorError], int], ...] = (
     # The first that fits; 500 for the rest.
@@ -169,6 +173,13 @@ def _questions(control: Control) -> APIRouter:
     def preview_resync(volume: Text, target: Text | None = None, full: bool = False) -> Response:
         return _answer(messages.PREVIEWS, control.preview_resync(volume, target, full))
 
+    @router.get("/role", summary="What a change of role would do", response_model=RolePreview)
+    def preview_role(
+        verb: RoleVerb, volume: Text, node: OptionalText = "", force: bool = False, primary_is_down: bool = False
+    ) -> Response:
+        order = RoleOrder(verb, volume, node, force, primary_is_down)
+        return _answer(messages.ROLE_PREVIEW, control.preview_role(order))
+
     @router.get("/snapshots", summary="Snapshots of a volume on every side", response_model=tuple[SideSnapshots, ...])
     def snapshots(volume: Text) -> Response:
         return _answer(messages.SNAPSHOTS, control.snapshots(volume))
@@ -248,6 +259,12 @@ def _work(control: Control, works: Works) -> APIRouter:
     def remove_orphans(order: messages.OrphanOrder) -> Response:
         return EventStream(
             works, lambda _listen, _cancel: messages.ORPHANS.dump_json(control.remove_orphans(order.job, order.wanted))
+        )
+
+    @router.post("/role", summary="Promote, demote, switch over or rejoin", response_class=Response, responses=_STREAM)
+    def change_role(order: RoleOrder) -> Response:
+        return EventStream(
+            works, lambda listen, cancel: messages.ROLE_REPORT.dump_json(control.change_role(order, listen, cancel))
         )
 
     @router.post("/restore", summary="Make a snapshot a new volume", response_class=Response, responses=_STREAM)

@@ -27,6 +27,8 @@ from replicator.control import (
     PruneReport,
     Restored,
     ResyncPreview,
+    RolePreview,
+    RoleReport,
     RunReport,
     SideSnapshots,
     Status,
@@ -178,6 +180,8 @@ VERIFICATIONS = TypeAdapter(tuple[Verification, ...])
 PRUNES = TypeAdapter(tuple[PruneReport, ...])
 ORPHANS = TypeAdapter(tuple[OrphanReport, ...])
 RESTORED = TypeAdapter(Restored)
+ROLE_PREVIEW = TypeAdapter(RolePreview)
+ROLE_REPORT = TypeAdapter(RoleReport)
 
 _HAPPENINGS: tuple[tuple[str, type[Happening], TypeAdapter[Any]], ...] = (
     ("progress", Progress, TypeAdapter(Progress)),

@@ -23,6 +23,7 @@ from replicator.endpoint import (
     ManifestRequest,
     PruneRequest,
     ReceiveRequest,
+    RoleChange,
     ScrubRequest,
     SendRequest,
     SnapshotRequest,
@@ -370,6 +371,19 @@ def test_pulling_never_writes(world: World, name: str, volume: VolumeId) -> None
     assert outcome(world, PULL, WRITES[name], volume) == "refused"
 
 
+def test_switching_over_needs_a_right_of_its_own(world: World) -> None:
+    lineage = Lineage("6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00", Role.PRIMARY, 1)
+
+    def change(remote: RemoteEndpoint, volume: VolumeId) -> object:
+        return remote.change_role(RoleChange(volume, lineage, lineage))
+
+    switching = PeerRights(frozenset({"store"}), frozenset({"store"}), may_switch=frozenset({"store"}))
+    assert outcome(world, PUSH, change, OWN) == "refused"
+    assert outcome(world, switching, change, OWN) == "let through"
+    for volume in FOREIGN:
+        assert outcome(world, switching, change, volume) == "refused"
+
+
 def test_listings_show_only_what_a_peer_may_see(world: World) -> None:
     with serving(world.cluster.one, world.peers) as server, world.remote(server) as remote:
         assert [v.id for v in remote.volumes("store")] == [OWN]
@@ -380,7 +394,15 @@ def test_listings_show_only_what_a_peer_may_see(world: World) -> None:
 
 @pytest.mark.parametrize(
     "tag",
-    ["keep", "replicator:job:three:backup", "replicator:job:three:backup:verify", "replicator:restore:three"],
+    [
+        "keep",
+        "replicator:job:three:backup",
+        "replicator:job:three:backup:verify",
+        "replicator:restore:three",
+        "replicator:rejoin:three",
+        "replicator:handover:three",
+        "replicator:kept:one",
+    ],
 )
 def test_holds_of_others_are_not_a_peers(world: World, tag: str) -> None:
     with (

@@ -4,6 +4,8 @@ does to it."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from backends.base import Backend
 from backends.memory import MemoryBackend
@@ -55,6 +57,10 @@ class BackendCase(ABC):
     def damage(self, volume: str, version: Version | VersionRef, offset: int, data: bytes) -> None:
         """Change a snapshot's bytes behind the backend's back."""
 
+    def in_use(self, volume: str) -> AbstractContextManager[None]:
+        """Somebody has the live data open, while the block lasts."""
+        raise NotImplementedError(f"nobody can use {volume}: not in its case")
+
     def bookmark(self, volume: str, version: Version) -> Version:
         """A bookmark of a snapshot, where the storage has such a thing."""
         raise NotImplementedError(f"no bookmark of {volume}@{version.name}: declared, and not in its case")
@@ -87,6 +93,14 @@ class MemoryCase(BackendCase):
 
     def damage(self, volume: str, version: Version | VersionRef, offset: int, data: bytes) -> None:
         self.memory.damage(volume, as_ref(version), offset, data)
+
+    @contextmanager
+    def in_use(self, volume: str) -> Iterator[None]:
+        self.memory.attach(volume, "a guest")
+        try:
+            yield
+        finally:
+            self.memory.detach(volume)
 
     def bookmark(self, volume: str, version: Version) -> Version:
         return self.memory.bookmark(volume, version.ref, "mark")

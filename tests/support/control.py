@@ -17,6 +17,9 @@ from replicator.control import (
     PruneReport,
     Restored,
     ResyncPreview,
+    RoleOrder,
+    RolePreview,
+    RoleReport,
     RunReport,
     SideSnapshots,
     Status,
@@ -113,6 +116,14 @@ class FakeControl:
 
     def restore(self, snapshot: str, to: str, listen: Listener, cancel: Cancellation) -> Restored:
         found: Restored = self._work("restore", listen, cancel, snapshot, to)
+        return found
+
+    def preview_role(self, order: RoleOrder) -> RolePreview:
+        found: RolePreview = self._answer("preview_role", order)
+        return found
+
+    def change_role(self, order: RoleOrder, listen: Listener, cancel: Cancellation) -> RoleReport:
+        found: RoleReport = self._work("change_role", listen, cancel, order)
         return found
 
     def history(self, limit: int) -> tuple[HistoryEntry, ...]:

@@ -44,6 +44,7 @@ def open_endpoint(storage: BackendCase, remote: bool, folder: Path) -> Iterator[
     if not remote:
         yield EndpointCase(local, storage, local, False)
         return
-    rights = PeerRights(frozenset({"store", "absent"}), frozenset({"store", "absent"}))
+    usable = frozenset({"store", "absent"})
+    rights = PeerRights(usable, usable, may_switch=usable)
     with remote_endpoint(folder, local, rights) as endpoint:
         yield EndpointCase(endpoint, storage, local, True)

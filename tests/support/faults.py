@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from replicator.cancellation import Cancellation
 from replicator.endpoint import (
+    Copies,
     DigestBatch,
     DigestRequest,
     Endpoint,
@@ -17,9 +18,11 @@ from replicator.endpoint import (
     PruneRequest,
     ReceiveRequest,
     RemoveRequest,
+    RoleChange,
     Scrub,
     ScrubRequest,
     SendRequest,
+    Sighting,
     SnapshotRequest,
     Taken,
     VolumeListing,
@@ -183,6 +186,20 @@ class FaultyEndpoint:
         self._fail("adopt", Point.BEFORE)
         self._inner.adopt(volume, lineage)
         self._fail("adopt", Point.AFTER)
+
+    def change_role(self, change: RoleChange) -> Lineage:
+        self._fail("change_role", Point.BEFORE)
+        lineage = self._inner.change_role(change)
+        self._fail("change_role", Point.AFTER)
+        return lineage
+
+    def copies(self, lineage: str) -> Copies:
+        self._fail("copies", Point.BEFORE)
+        return self._inner.copies(lineage)
+
+    def sight(self, node: str, lineage: str) -> Sighting:
+        self._fail("sight", Point.BEFORE)
+        return self._inner.sight(node, lineage)
 
     def rename(self, volume: VolumeId, new: VolumeId) -> None:
         self._fail("rename", Point.BEFORE)

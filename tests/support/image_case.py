@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from backends.image.backend import ImageBackend
@@ -41,6 +44,17 @@ class ImageCase(BackendCase):
 
     def read(self, volume: str) -> bytes:
         return (self.folder / volume).read_bytes()
+
+    @contextmanager
+    def in_use(self, volume: str) -> Iterator[None]:
+        """A process of its own has it open: the storage leaves its own process out."""
+        with (self.folder / volume).open("r+b") as file:
+            user = subprocess.Popen(["sleep", "600"], stdin=file)
+        try:
+            yield
+        finally:
+            user.kill()
+            user.wait()
 
     def _image(self, volume: str, version: Version | VersionRef) -> Path:
         *parents, last = volume.split("/")

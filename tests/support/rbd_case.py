@@ -94,6 +94,11 @@ class RbdCase(BackendCase):
         with self.session() as session, session.image(self.naming.place(volume), read_only=read_only) as image:
             yield image
 
+    @contextmanager
+    def in_use(self, volume: str) -> Iterator[None]:
+        with self.image(volume):
+            yield
+
     def create(self, volume: str, data: bytes) -> None:
         place = self.naming.place(volume)
         with self.session() as session:

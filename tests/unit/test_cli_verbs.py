@@ -155,7 +155,9 @@ def test_all_problems_of_a_configuration_are_told(terminal: Terminal) -> None:
     ("words", "part"),
     [
         (("statsu",), "did you mean `replicator status`?"),
-        (("promote", "x"), "there is no verb 'promote'"),
+        (("elevate", "x"), "there is no verb 'elevate'"),
+        (("switchover", "a:b"), "missing option '--to'"),
+        (("rejoin", "a:b"), "missing option '--from'"),
         (("sync",), "missing argument 'JOB'"),
         (("sync", "a", "b"), "unexpected extra argument"),
         (("status", "--wat"), "no such option"),
@@ -198,7 +200,8 @@ def test_help_lists_every_verb() -> None:
     assert len(set(names)) == len(names)
     assert {
         "init", "cluster", "check", "serve", "status", "plan", "sync", "resync", "verify", "snapshots", "prune",
-        "history", "pause", "resume", "restore", "export", "import", "demo",
+        "history", "pause", "resume", "restore", "export", "import", "demo", "promote", "demote", "switchover",
+        "rejoin",
     } == set(names)  # fmt: skip
 
 

@@ -65,6 +65,7 @@ address = "10.99.0.2:8571"
 may_push_to = ["images"]
 may_pull_from = ["tank"]
 same_path = ["images"]
+may_switch = ["images"]
 keep = "last=5"
 [peer.prox3]
 address = "10.99.0.3"
@@ -91,6 +92,9 @@ transfers = 8
 rate_limit = "1Gbit/s"
 [log]
 format = "json"
+[fence]
+command = ["fence_ipmilan", "--ip=10.0.0.9"]
+timeout = "30s"
 """
 
 
@@ -128,6 +132,9 @@ def test_everything() -> None:
     assert isinstance(images, ImageStorage)
     assert (images.name, images.devices) == ("images", {"vm-100": Path("/dev/vg0/vm-100")})
     assert read.peers["prox2"].may_push_to == read.peers["prox2"].same_path == ("images",)
+    assert read.peers["prox2"].may_switch == ("images",)
+    assert read.fence is not None
+    assert (read.fence.command, read.fence.timeout) == (("fence_ipmilan", "--ip=10.0.0.9"), timedelta(seconds=30))
     assert [read.jobs["vms"].foreign_snapshots.matches(f"autosnap_1_{n}") for n in ("daily", "hourly")] == [True, False]
     assert (read.jobs["vms"].replica_path, read.jobs["fetch"].replica_path) == ("same", "node")
     assert not read.jobs["fetch"].foreign_snapshots.matches("x")
@@ -183,7 +190,7 @@ JOB = '[job.vms]\nsource = "tank:*"\ntargets = ["prox2:backup"]\n'
     [
         # keys and types
         (BASE + "[jobs.vms]", "jobs", "unknown table", "did you mean 'job'?"),
-        ("color = 1" + BASE, "color", "unknown key", "known are job, limits"),
+        ("color = 1" + BASE, "color", "unknown key", "known are fence, job, limits"),
         (BASE + JOB + 'schedul = "x"', "job.vms.schedul", "unknown key", "did you mean 'schedule'?"),
         (BASE + JOB + 'name = "x"', "job.vms.name", "unknown key", ""),
         (BASE + JOB + 'keep = {sources = "last=3"}', "job.vms.keep.sources", "unknown key", "'source'"),
@@ -267,6 +274,9 @@ JOB = '[job.vms]\nsource = "tank:*"\ntargets = ["prox2:backup"]\n'
             "another storage",
         ),
         (BASE + 'same_path = ["images"]', "peer.prox2.same_path", "not in may_push_to", "too"),
+        (BASE + 'may_switch = ["images"]', "peer.prox2.may_switch", "not in may_push_to", "too"),
+        (BASE + '[fence]\ntimeout = "1min"', "fence.command", "is missing", "list"),
+        (BASE + '[fence]\ncommand = "fence_ipmilan"', "fence.command", "is a text", "list"),
         (
             BASE
             + 'may_push_to = ["images"]\nsame_path = ["images"]\n'

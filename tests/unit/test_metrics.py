@@ -59,6 +59,7 @@ def filled(clock: Clock | None = None) -> Metrics:
     metrics.transfer_progress(*KEY, 1e6)
     metrics.set_next_run("vms", NOW + timedelta(minutes=15))
     metrics.set_paused("vms", False)
+    metrics.set_copies([("images:own", True, 1), ("backup:prox2/vm-1", False, 1_000_003)])
     metrics.peer("prox2", True, 0.001, -0.25)
     metrics.refused("not_authorized")
     metrics.scheduler_tick()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+
 import pytest
 
 from backends.memory import MemoryBackend
 from backends.zfs import ZfsBackend
 from replicator import config
 from replicator.cancellation import Cancellation
-from replicator.endpoint import DigestRequest, PruneOutcome, PruneRequest
-from replicator.errors import NotReadable
+from replicator.endpoint import DigestRequest, PruneOutcome, PruneRequest, ReceiveRequest, RoleChange
+from replicator.errors import Cancelled, NotAReplica, NotReadable, Unsupported, VolumeBusy
 from replicator.local import LocalEndpoint, PeerView
-from replicator.model import Lineage, Role, VolumeId, hold_tag, snapshot_name
+from replicator.model import Lineage, Role, StreamKind, VolumeId, hold_tag, rejoin_tag, snapshot_name
 from replicator.nodes import endpoint_for_peers
-from tests.support.blocks import KEY, pattern
+from replicator.streams import BlockChunk, ChunkStream
+from tests.support.blocks import KEY, full_chunks, make_chunk, make_stream, make_version, pattern
 from tests.support.versions import LINEAGE, at
 from tests.support.zfs_records import RecordedRunner, row
 from transport import checksum
@@ -95,6 +100,95 @@ def test_a_peer_prunes_its_replicas(memory: MemoryBackend) -> None:
         assert len(going(view(memory), THEIRS, job)) == 2
     memory.set_lineage(THEIRS.name, Lineage(LINEAGE, Role.PRIMARY, 2))
     assert going(view(memory), THEIRS, "pull") == [], "after a promotion it is this node's"
+
+
+def test_a_peer_does_not_end_a_primary_but_by_a_change_of_role(memory: MemoryBackend) -> None:
+    primary, follower = Lineage(LINEAGE, Role.PRIMARY, 2), Lineage(LINEAGE, Role.REPLICA, 2)
+    memory.set_lineage(THEIRS.name, primary)
+    with pytest.raises(NotAReplica) as caught:
+        view(memory).set_aside(THEIRS, "diverged-now")
+    assert "demote" in caught.value.hint
+    with pytest.raises(NotAReplica):
+        view(memory).adopt(THEIRS, Lineage(LINEAGE, Role.PRIMARY, 3))
+    state = memory.state(THEIRS.name)
+    assert state is not None
+    assert state.lineage == primary
+    newest = state.snapshots[-1].ref
+    down = RoleChange(THEIRS, primary, follower, newest)
+    with pytest.raises(NotAReplica, match="never replicated here"):
+        view(memory).change_role(down)
+    with pytest.raises(NotAReplica, match="never replicated here"):
+        view(memory).change_role(RoleChange(OWN, Lineage(LINEAGE, Role.PRIMARY, 1), follower, newest))
+    memory.hold(THEIRS.name, newest, hold_tag("pull", "prox1", "store"))
+    assert view(memory).change_role(down) == follower
+
+
+def test_a_peer_that_only_pushes_prunes_no_primary(memory: MemoryBackend) -> None:
+    memory.set_lineage(THEIRS.name, Lineage(LINEAGE, Role.PRIMARY, 2))
+    peer = LocalEndpoint("prox1", {"store": memory}).for_peer(PeerView("prox2"))
+    with pytest.raises(NotAReplica, match="prunes it no more"):
+        peer.prune(PruneRequest(THEIRS, "pull", "last=1", ()))
+
+
+def test_what_a_copy_may_still_need_is_not_pruned(memory: MemoryBackend) -> None:
+    own = LocalEndpoint("prox1", {"store": memory})
+    state = memory.state(OWN.name)
+    assert state is not None
+    middle = state.versions[4]
+    memory.hold(OWN.name, middle.ref, rejoin_tag("prox3"))
+    outcomes = own.prune(PruneRequest(OWN, "nightly", "last=1", (), dry_run=True))
+    kept = [outcome for outcome in outcomes if outcome.version.job == "nightly"]
+    assert [outcome.kept for outcome in kept] == [True, True, True]
+    assert "has not followed yet" in kept[0].reason
+    memory.release(OWN.name, middle.ref, rejoin_tag("prox3"))
+    assert len(going(own, OWN, "nightly")) == 2
+
+
+def test_a_promotion_ends_a_receive_that_is_under_way() -> None:
+    """Its peer may be dead, and nobody may have noticed yet."""
+    size, started = 4096 * 4096, threading.Event()
+    memory = MemoryBackend("store", checksums=checksum)
+    node = LocalEndpoint("prox2", {"store": memory})
+    place, primary = VolumeId("store", "prox1/vm"), Lineage(LINEAGE, Role.PRIMARY, 1)
+    one, two = make_version("one", 4096), make_version("two", size)
+    ask = ReceiveRequest(place, primary, None, one, KEY)
+    node.receive(ask, make_stream(*full_chunks(pattern(4096))), Cancellation())
+
+    def endless() -> Iterator[BlockChunk]:
+        for page in range(1, 4096):
+            yield make_chunk((page * 4096, pattern(4096)))
+            started.set()
+            threading.Event().wait(0.005)
+
+    ended: list[str] = []
+
+    def receive() -> None:
+        stream = ChunkStream(StreamKind.BLOCKS, endless())
+        request = replace(ask, base=one.ref, to=two)
+        try:
+            node.receive(request, stream, Cancellation())
+        except Cancelled as error:
+            ended.append(str(error))
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    assert started.wait(30)
+    with pytest.raises(VolumeBusy):
+        node.abort_receive(place)
+    promoted = Lineage(LINEAGE, Role.PRIMARY, 1_000_001)
+    assert node.change_role(RoleChange(place, replace(primary, role=Role.REPLICA), promoted, one.ref)) == promoted
+    thread.join(30)
+    assert ended == ["store:prox1/vm is being promoted"]
+    state = memory.state(place.name)
+    assert state is not None
+    assert (state.resume, [v.name for v in state.versions]) == (None, ["one"])
+    assert memory.read(place.name) == pattern(4096)
+
+
+def test_a_witness_knows_only_its_own_peers(memory: MemoryBackend) -> None:
+    with pytest.raises(Unsupported):
+        view(memory).sight("prox9", LINEAGE)
+    assert [copy.volume for copy in view(memory).copies(LINEAGE).found] == [THEIRS, OWN]
 
 
 def test_a_peer_is_not_told_what_is_in_what_it_gets_encrypted(

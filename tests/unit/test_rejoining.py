@@ -263,7 +263,10 @@ class Site:
         self.surveys = SimpleNamespace(of=lambda _task: Survey(None, None, 0))
         self.snapshots = SimpleNamespace(take=self._take)
 
-    def _take(self, _job: Job, _volumes: object, _cancel: Cancellation) -> dict[VolumeId, ReplicatorError]:
+    def _take(
+        self, _job: Job, _volumes: object, _cancel: Cancellation, *, at: object
+    ) -> dict[VolumeId, ReplicatorError]:
+        assert at is None, "its roles are as they always were"
         self.source.snapshot(snap(next(self._numbers)))
         return {}
 

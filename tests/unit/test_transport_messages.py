@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from replicator.endpoint import (
     MAX_DAMAGED,
     MAX_RANGES,
+    Copies,
+    Copy,
     DigestRequest,
     Head,
     ManifestRequest,
@@ -23,9 +25,11 @@ from replicator.endpoint import (
     ReceiveMode,
     ReceiveRequest,
     RemoveRequest,
+    RoleChange,
     Scrub,
     ScrubRequest,
     SendRequest,
+    Sighting,
     SnapshotRequest,
     VolumeListing,
 )
@@ -101,7 +105,11 @@ REQUESTS: list[Request] = [
     messages.Manifest(ManifestRequest(VOLUME, VERSION.ref, KEY)),
     messages.Scrub(ScrubRequest(VOLUME, start=True)),
     messages.Remove(RemoveRequest(VOLUME, "job", LINEAGE, ("g",))),
+    messages.ChangeRole(RoleChange(VOLUME, LINEAGE, replace(LINEAGE, epoch=2**63 - 1), VERSION.ref)),
+    messages.FindCopies(LINEAGE.uuid),
+    messages.Sight("prox3", LINEAGE.uuid),
 ]
+COPIES = Copies((Copy(VOLUME, LINEAGE, VERSION, True), Copy(VOLUME, LINEAGE, None)), ("tank",))
 SCRUB = Scrub("tank", False, 0, 5, datetime(2026, 11, 20, tzinfo=UTC), 2**64 - 1, 1, ("tank/vm:/a\\x0a",), 2)
 
 
@@ -141,6 +149,9 @@ def test_every_request_has_a_sample_and_an_answer() -> None:
             (SnapshotTaken(VOLUME, VERSION, None), SnapshotTaken(VOLUME, None, Fault("no_space", "full", "quota"))),
         ),
         (Scrub, SCRUB),
+        (Copies, COPIES),
+        (Sighting, Sighting("prox3", COPIES)),
+        (Sighting, Sighting("prox3", None, "no route")),
         (Scrub, replace(SCRUB, finished=None, position=None, damaged=())),
     ],
 )
@@ -186,7 +197,7 @@ def change(request_: Request, path: str, value: object) -> bytes:
     return json.dumps(facts).encode()
 
 
-RECEIVING, SENDING, RANGED = REQUESTS[11], REQUESTS[9], REQUESTS[10]
+RECEIVING, SENDING, RANGED, CHANGING = REQUESTS[11], REQUESTS[9], REQUESTS[10], REQUESTS[-3]
 
 
 @pytest.mark.parametrize(
@@ -224,6 +235,14 @@ RECEIVING, SENDING, RANGED = REQUESTS[11], REQUESTS[9], REQUESTS[10]
         (RANGED, "request.ranges", [{"offset": i * 2, "length": 1} for i in range(MAX_RANGES + 1)]),
         (SENDING, "request.ranges", []),
         (REQUESTS[5], "request.volumes", []),
+        (CHANGING, "change.lineage.epoch", 2**63),
+        (CHANGING, "change.lineage.role", "king"),
+        (CHANGING, "change.expected", None),
+        (CHANGING, "change.at.guid", "../x"),
+        (CHANGING, "change.volume.name", "../x"),
+        (REQUESTS[-1], "node", "../x"),
+        (REQUESTS[-1], "lineage", "no uuid"),
+        (REQUESTS[-2], "lineage", ""),
         (REQUESTS[13], "request.block_size", 0),
         (REQUESTS[13], "request.block_size", 2**30),
         (REQUESTS[13], "request.offset", 65537),

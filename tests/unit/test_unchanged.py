@@ -79,6 +79,7 @@ class World:
         self.memory = {name: MemoryBackend("store", checksums=checksum, clock=lambda: self.now) for name in "abc"}
         self.endpoints = {name: Watched(LocalEndpoint(name, {"store": m})) for name, m in self.memory.items()}
         self.node = "a"
+        self.role_changes = 0
         self.tracker = Tracker()
         self.seen: list[tuple[ReplicaKey, datetime | None]] = []
         self.configure(targets=targets, rest=rest)
@@ -503,7 +504,6 @@ def test_what_a_target_in_conflict_may_continue_from_is_not_pruned(by: str) -> N
             name = snapshot_name("vms", world.now)
             world.endpoints["a"].snapshot(SnapshotRequest((VolumeId("store", "vm-1"),), name))
             tasks = world.runner.tasks.of(world.job, "store:vm-1")
-            volume = VolumeId("store", "vm-1")
-            world.endpoints["a"].prune(source_request(world.job, volume, world.runner.surveys.protected(tasks)))
+            world.endpoints["a"].prune(source_request(tasks[0], world.runner.surveys.protected(tasks)))
     assert world.snapshots("a")[:2] == [older, newest], "the last that both have, and the one that is held"
     assert len(world.snapshots("a")) == 4

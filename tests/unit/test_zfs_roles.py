@@ -1,0 +1,83 @@
+"""Roles on ZFS: what is asked of it, in which order. Whether OpenZFS does it is for the suites on real pools."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import pytest
+
+from backends.zfs import ZfsBackend
+from backends.zfs.binding import LibraryChoice
+from replicator.errors import VolumeChanged
+from replicator.model import Lineage, Role, Version
+from tests.support.zfs_fake import ByCommand, FakeZfs
+from transport import checksum
+
+PRIMARY = Lineage("6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00", Role.PRIMARY, 1_000_003)
+REPLICA = Lineage(PRIMARY.uuid, Role.REPLICA, PRIMARY.epoch)
+
+
+@pytest.fixture
+def zfs() -> FakeZfs:
+    made = FakeZfs()
+    made.make("tank/vm/disk")
+    return made
+
+
+def prepared(zfs: FakeZfs, lineage: Lineage) -> tuple[ZfsBackend, Version]:
+    choice = cast(LibraryChoice, ByCommand(zfs))
+    backend = ZfsBackend("store", zfs.root, checksums=checksum, runner=zfs, choice=choice)
+    backend.set_lineage("disk", lineage)
+    (version,) = backend.snapshot(("disk",), "one")
+    zfs.asked.clear()
+    return backend, version
+
+
+def sets(zfs: FakeZfs) -> list[tuple[str, ...]]:
+    return [args[2:-1] for args in zfs.asked if args[:2] == ("zfs", "set")]
+
+
+def test_a_promotion_is_one_command(zfs: FakeZfs) -> None:
+    backend, version = prepared(zfs, REPLICA)
+    backend.promote("disk", PRIMARY, version.ref)
+    (settings,) = sets(zfs)
+    assert "readonly=off" in settings
+    assert "replicator:role=primary" in settings
+    assert f"replicator:epoch={PRIMARY.epoch}" in settings
+    state = backend.state("disk")
+    assert state is not None
+    assert state.lineage == PRIMARY
+
+
+def test_a_demotion_looks_only_once_nobody_can_write_any_more(zfs: FakeZfs) -> None:
+    backend, version = prepared(zfs, PRIMARY)
+    backend.demote("disk", REPLICA, version.ref)
+    first, second = sets(zfs)
+    assert first == ("readonly=on",)
+    assert "readonly=on" in second
+    assert "replicator:role=replica" in second
+    state = backend.state("disk")
+    assert state is not None
+    assert state.lineage == REPLICA
+
+
+def test_what_was_written_to_stays_a_primary_that_can_be_written_to(zfs: FakeZfs) -> None:
+    backend, version = prepared(zfs, PRIMARY)
+    zfs.write("tank/vm/disk")
+    with pytest.raises(VolumeChanged):
+        backend.demote("disk", REPLICA, version.ref)
+    assert sets(zfs) == [("readonly=on",), ("readonly=off",)]
+    state = backend.state("disk")
+    assert state is not None
+    assert state.lineage == PRIMARY
+
+
+def test_a_superseded_primary_becomes_read_only_as_it_is(zfs: FakeZfs) -> None:
+    backend, _ = prepared(zfs, PRIMARY)
+    zfs.write("tank/vm/disk")
+    backend.demote("disk", REPLICA, None)
+    (settings,) = sets(zfs)
+    assert "readonly=on" in settings
+    state = backend.state("disk")
+    assert state is not None
+    assert state.head_changed
