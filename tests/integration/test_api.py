@@ -32,6 +32,10 @@ from replicator.control import (
     PruneReport,
     Restored,
     ResyncPreview,
+    RoleOrder,
+    RolePreview,
+    RoleReport,
+    RoleVerb,
     RunReport,
     SideSnapshots,
     Status,
@@ -69,6 +73,8 @@ ANSWERS: dict[str, Any] = {
     "orphans": tuple[OrphanReport, ...],
     "remove_orphans": tuple[OrphanReport, ...],
     "restore": Restored,
+    "preview_role": RolePreview,
+    "change_role": RoleReport,
     "history": tuple[HistoryEntry, ...],
     "check": tuple[Finding, ...],
     "pause": type(None),
@@ -86,12 +92,14 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "orphans": ("vms",),
     "remove_orphans": ("vms", (ORPHAN,)),
     "restore": ("images:vm-100@snap", "images:new"),
+    "preview_role": (RoleOrder(RoleVerb.PROMOTE, "images:ü/disk 1&x=%2F", force=True),),
+    "change_role": (RoleOrder(RoleVerb.SWITCHOVER, "images:vm-100", "prox2"),),
     "history": (17,),
     "check": (),
     "pause": ("vms",),
     "resume": ("vms",),
 }
-LONG = ("sync", "resync", "verify", "restore")
+LONG = ("sync", "resync", "verify", "restore", "change_role")
 
 
 class Stage:
@@ -483,7 +491,7 @@ def test_the_document_describes_every_path(shared: Stage) -> None:
     names = {path.removeprefix("/api/v1/") for path in document["paths"]}
     assert names == {
         "/metrics", "health", "status", "plan", "resync", "snapshots", "history", "check", "pause", "resume",
-        "sync", "verify", "prune", "orphans", "remove-orphans", "restore",
+        "sync", "verify", "prune", "orphans", "remove-orphans", "restore", "role",
     }  # fmt: skip
     assert {"Status", "ReplicaStatus", "Failure", "PlannedReplica"} <= set(document["components"]["schemas"])
     stream = document["paths"]["/api/v1/sync"]["post"]["responses"]["200"]["content"]
