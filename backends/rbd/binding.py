@@ -17,6 +17,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from backends.rbd.header import Header, Notes
 from replicator.errors import MissingBinding
 
 DISTRIBUTION = Path("/usr/lib/python3/dist-packages")
@@ -185,6 +186,10 @@ class Binding:
     def open_group(self, ioctx: Ioctx, name: str) -> Group:
         """A group; whether it is there is found when it is used."""
         return cast(Group, self.rbd.Group(ioctx, name))
+
+    def open_header(self, ioctx: Ioctx, image: str) -> Notes:
+        """Where records of an image are written beside librbd; by its id. Whether it is there is found then."""
+        return Header(ioctx, image)
 
 
 def _load(name: str) -> Any:
