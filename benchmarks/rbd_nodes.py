@@ -41,12 +41,9 @@ MIB = 1 << 20
 GIB = 1 << 30
 POOL = "rbd"
 IMAGE = "vm"
-"""In the first cluster; our replica is image ``vm`` of namespace ``one`` in the second."""
-REPLICA = "one/vm"
-PEER = "peer"
-"""The image that the pipe writes to."""
-FEATURES = 61
-"""layering, exclusive-lock, object-map, fast-diff, deep-flatten: as ``rbd create`` makes them."""
+"""In the first cluster. Our replicas are images of namespace ``one`` in the second, the pipe's of the default one."""
+FEATURES = "layering,exclusive-lock,object-map,fast-diff,deep-flatten"
+"""Those that ``rbd create`` gives an image by default."""
 LONG = 600.0
 _TAG = hold_tag("j", "two", "target")
 _PAGE = 4096
@@ -86,9 +83,9 @@ def _osd_cpu(cluster: Cluster) -> float:
 
 
 @contextmanager
-def opened(cluster: Cluster, image: str) -> Iterator[Any]:
+def opened(cluster: Cluster, image: str, pool: str = POOL) -> Iterator[Any]:
     """An image as a guest has it."""
-    hands = Connection("hands", Where(POOL, cluster.conf, "admin", None), load)
+    hands = Connection("hands", Where(pool, cluster.conf, "admin", None), load)
     try:
         with hands.session("by hand") as session, session.ioctx("") as ioctx:
             found: Any = session.binding.open_image(ioctx, image, read_only=False)
@@ -98,6 +95,11 @@ def opened(cluster: Cluster, image: str) -> Iterator[Any]:
                 found.close()
     finally:
         hands.close()
+
+
+def create(cluster: Cluster, image: str, size: int) -> None:
+    """An empty image."""
+    cluster.run("rbd", "create", "--size", f"{size // MIB}M", "--image-feature", FEATURES, image)
 
 
 def _write(image: Any, pieces: Iterator[tuple[int, bytes]], depth: int = 32) -> int:
@@ -118,8 +120,7 @@ def _write(image: Any, pieces: Iterator[tuple[int, bytes]], depth: int = 32) -> 
 
 def fill(cluster: Cluster, size: int, snapshot: str) -> int:
     """Make the image: random data in runs of 64 KiB to 8 MiB, with holes of such lengths between; the bytes written."""
-    cluster.run("rbd", "create", "--size", f"{size // MIB}M", "--image-feature", "layering,exclusive-lock", IMAGE)
-    cluster.run("rbd", "feature", "enable", IMAGE, "object-map", "fast-diff")
+    create(cluster, IMAGE, size)
     rng = random.Random(1)
     noise = rng.randbytes(32 * MIB)
 
@@ -145,18 +146,6 @@ def scatter(cluster: Cluster, size: int, part: float, snapshot: str, seed: int) 
         written = _write(image, ((page * _PAGE, rng.randbytes(_PAGE)) for page in pages))
         image.create_snap(snapshot)
     return written
-
-
-def remove(cluster: Cluster, image: str) -> None:
-    """An image with its snapshots, protected or not."""
-    names = [
-        line.split()[1] for line in cluster.run("rbd", "snap", "ls", "--all", image).splitlines()[1:] if line.strip()
-    ]
-    for name in names:
-        if "yes" in cluster.run("rbd", "snap", "ls", image).partition(name)[2].partition("\n")[0]:
-            cluster.run("rbd", "snap", "unprotect", f"{image}@{name}")
-    cluster.run("rbd", "snap", "purge", "--no-progress", image, timeout=LONG)
-    cluster.run("rbd", "rm", "--no-progress", image, timeout=LONG)
 
 
 # -- the two ways
@@ -207,7 +196,7 @@ class Sites:
     def __init__(self, source: Cluster, target: Cluster, local: Endpoint, remote: Endpoint, pipe: ProcessPipe) -> None:
         self.source = source
         self.target = target
-        self._pair = Pair(local, VolumeId("source", IMAGE), remote, VolumeId("target", REPLICA), _TAG)
+        self._endpoints = (local, remote)
         self._pipe = pipe
 
     def _far_cpu(self) -> float:
@@ -223,23 +212,25 @@ class Sites:
         wall = time.perf_counter() - begun
         return Cost(wall, cpu() - used, _osd_cpu(self.source) + _osd_cpu(self.target) - osds)
 
-    def ours(self) -> Cost:
-        """Bring our replica to the newest snapshot: list and plan, hold, transfer, commit, release."""
+    def ours(self, replica: str) -> Cost:
+        """Bring a replica of ours to the newest snapshot: list and plan, hold, transfer, commit, release."""
+        local, remote = self._endpoints
+        pair = Pair(local, VolumeId("source", IMAGE), remote, VolumeId("target", f"one/{replica}"), _TAG)
 
         def work() -> None:
-            run = Replication(self._pair, Options(SendPolicy()), observer=lambda _: None, cancel=Cancellation())
+            run = Replication(pair, Options(SendPolicy()), observer=lambda _: None, cancel=Cancellation())
             assert run.run().steps == 1
 
         return self._measured(work, lambda: _own_cpu() + self._far_cpu())
 
-    def pipe(self, base: str | None, to: str) -> Cost:
-        """Bring the peer's image to a snapshot."""
-        return self._measured(lambda: self._run_pipe(base, to), _cpu_of_children)
+    def pipe(self, image: str, base: str | None, to: str) -> Cost:
+        """Bring an image of the pipe's to a snapshot."""
+        return self._measured(lambda: self._run_pipe(image, base, to), _cpu_of_children)
 
-    def _run_pipe(self, base: str | None, to: str) -> None:
+    def _run_pipe(self, image: str, base: str | None, to: str) -> None:
         since = () if base is None else ("--from-snap", base)
         export = ("rbd", "-c", str(self.source.conf), "export-diff", "--no-progress", *since, f"{IMAGE}@{to}", "-")
-        taking = ("rbd", "-c", str(self.target.conf), "import-diff", "--no-progress", "-", PEER)
+        taking = ("rbd", "-c", str(self.target.conf), "import-diff", "--no-progress", "-", image)
         with (
             subprocess.Popen(export, stdout=subprocess.PIPE) as sender,
             subprocess.Popen(taking, stdin=sender.stdout) as receiver,
@@ -249,19 +240,15 @@ class Sites:
             assert receiver.wait(LONG) == 0
             assert sender.wait(LONG) == 0
 
-    def make_peer_image(self, size: int) -> None:
-        """What import-diff needs."""
-        features = "layering,exclusive-lock,object-map,fast-diff,deep-flatten"
-        self.target.run("rbd", "create", "--size", f"{size // MIB}M", "--image-feature", features, PEER)
 
-    def digest(self, where: Cluster, image: str) -> str:
-        """sha256 of an image or snapshot, as ``rbd export`` has it."""
-        with subprocess.Popen(
-            ("rbd", "-c", str(where.conf), "export", "--no-progress", image, "-"), stdout=subprocess.PIPE
-        ) as export:
-            found = subprocess.run(("sha256sum",), stdin=export.stdout, capture_output=True, check=True, timeout=LONG)
-        assert export.returncode == 0
-        return found.stdout.decode().split()[0]
+def digest(where: Cluster, image: str) -> str:
+    """sha256 of an image or snapshot, as ``rbd export`` has it."""
+    with subprocess.Popen(
+        ("rbd", "-c", str(where.conf), "export", "--no-progress", image, "-"), stdout=subprocess.PIPE
+    ) as export:
+        found = subprocess.run(("sha256sum",), stdin=export.stdout, capture_output=True, check=True, timeout=LONG)
+    assert export.returncode == 0
+    return found.stdout.decode().split()[0]
 
 
 @contextmanager
