@@ -71,7 +71,7 @@ class FakeImage:
             self._pending.remove(item)
         item[1]()
 
-    def aio_read(self, offset: int, length: int, done: Callable[[Done, bytes | None], None]) -> Done:
+    def aio_read(self, offset: int, length: int, done: Callable[[Done, bytes | None], None], _advice: int) -> Done:
         status = -self.fail.get(offset, 0)
         data = None if status else bytes(self.data[offset : offset + length])
         return self._later(lambda: done(Done(status), data))
