@@ -6,8 +6,8 @@ snapshots are anybody's to read. What is a version, and when, is in ``catalog.py
 
 From the outside in: ``backend.py`` answers; ``snapshotting.py``, ``source.py`` (send, digests) and ``replica.py``
 (receive, with ``target.py``) do the work; ``catalog.py`` keeps the state, ``locks.py`` the writers apart;
-``changes.py``, ``reading.py``, ``receiving.py`` and ``writing.py`` move bytes; ``cluster.py`` and ``binding.py`` are
-the connection; ``health.py`` is what an operator should know.
+``changes.py``, ``reading.py``, ``receiving.py``, ``writing.py`` and ``objects.py`` move bytes; ``cluster.py`` and
+``binding.py`` are the connection; ``health.py`` is what an operator should know.
 """
 
 from backends.rbd.backend import RbdBackend

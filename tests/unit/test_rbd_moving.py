@@ -228,12 +228,12 @@ class FakeObjects:
 
     def write(self, number: int, pieces: list[tuple[int, bytes]], done: Callable[[Done], None]) -> Done:
         assert any(self._image.data[number * self.size : (number + 1) * self.size]), "not begun by librbd"
+        assert all(offset // self.size == (offset + len(data) - 1) // self.size == number for offset, data in pieces)
         self.together.append(len(pieces))
 
         def act() -> None:
             if not self.fail:
                 for offset, data in pieces:
-                    assert offset // self.size == (offset + len(data) - 1) // self.size == number
                     self._image.data[offset : offset + len(data)] = data
             done(Done(-self.fail))
 
@@ -249,9 +249,11 @@ def test_small_pieces_of_an_object_are_written_together() -> None:
     objects = FakeObjects(image)
     writing = writer_of_objects(image, objects)
     expected = bytearray(len(DATA))
-    # Ten in each of four objects; two in the next, which is too few; one across two objects; a large one.
+    # Ten in each of four objects; two in the next, which is too few; three, and one across two objects; a large one.
     pieces = [(number * 65536 + place * 5000, 4096) for number in range(4) for place in range(10)]
-    pieces += [(4 * 65536, 512), (4 * 65536 + 9000, 512), (6 * 65536 - 100, 200), (7 * 65536, 2 * 65536)]
+    pieces += [(4 * 65536, 512), (4 * 65536 + 9000, 512)]
+    pieces += [(5 * 65536, 9), (5 * 65536 + 9000, 9), (5 * 65536 + 9999, 9), (6 * 65536 - 100, 200)]
+    pieces += [(7 * 65536, 2 * 65536)]
     pieces += [(10 * 65536 + place, 1) for place in range(0, 65536, 512)]
     with writing.draining():
         for offset, length in pieces:
@@ -260,7 +262,7 @@ def test_small_pieces_of_an_object_are_written_together() -> None:
         writing.zero(15 * 65536, 10)
         writing.finish()
     assert image.data == expected
-    assert sorted(objects.together) == [9, 9, 9, 9, 63, 63]
+    assert sorted(objects.together) == [2, 9, 9, 9, 9, 63, 63]
     assert writing.durable == 15 * 65536 + 10
 
 
