@@ -46,15 +46,13 @@ def _name(number: int) -> str:
 
 
 def _turn(number: int, ours: Way, pipe: Way) -> tuple[Cost, Cost]:
-    """One round: our cost and the pipe's."""
-    time.sleep(_SETTLE)
-    if number % 2:
-        theirs = pipe()
+    """One round: our cost and the pipe's; told as it comes, as it is minutes until the table is there."""
+    found: dict[Way, Cost] = {}
+    for way in (pipe, ours) if number % 2 else (ours, pipe):
         time.sleep(_SETTLE)
-        return ours(), theirs
-    mine = ours()
-    time.sleep(_SETTLE)
-    return mine, pipe()
+        found[way] = way()
+    sys.stderr.write(f"rbd: round {number + 1}: ours {found[ours].wall:.2f} s, pipe {found[pipe].wall:.2f} s\n")
+    return found[ours], found[pipe]
 
 
 def _result(case: str, rounds: Sequence[tuple[Cost, Cost]], target: float | None) -> Result:
