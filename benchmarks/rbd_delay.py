@@ -1,7 +1,7 @@
 """From a write to the snapshot that has it, complete in the other cluster: ours and rbd-mirror's, at the same time.
 
 Ours is two daemons with a job on its shortest schedule. rbd-mirror is Debian's, in snapshot mode at its shortest
-schedule, a minute. Both have an image of the same pool in the same clusters.
+schedule, a minute. Each has an image in a pool of its own, in the same clusters.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from benchmarks.rbd_nodes import FEATURES, opened
 from replicator.demo.node import DemoNode, join, loopback_network
 from tests.lab.ceph import Cluster
 
-POOL = "delay"
 OURS, MIRRORED = "ours", "mirrored"
+"""Pools."""
+IMAGE = "vm"
 REPLICAS = "replicas"
 """The namespace of our replicas."""
 SCHEDULE = "5s"
@@ -36,19 +37,22 @@ _STOP = 30.0
 
 def _prepare(source: Cluster, target: Cluster) -> None:
     for cluster, site in ((source, "source"), (target, "target")):
-        cluster.run("ceph", "osd", "pool", "create", POOL, "8")
-        cluster.run("rbd", "pool", "init", POOL)
-        cluster.run("rbd", "mirror", "pool", "enable", "--site-name", site, POOL, "image")
-    for image in (OURS, MIRRORED):
-        source.run("rbd", "create", "--size", _SIZE, "--image-feature", FEATURES, f"{POOL}/{image}")
+        for pool in (OURS, MIRRORED):
+            cluster.run("ceph", "osd", "pool", "create", pool, "8")
+            cluster.run("rbd", "pool", "init", pool)
+        cluster.run("rbd", "mirror", "pool", "enable", "--site-name", site, MIRRORED, "image")
+    for pool in (OURS, MIRRORED):
+        source.run("rbd", "create", "--size", _SIZE, "--image-feature", FEATURES, f"{pool}/{IMAGE}")
 
 
 @contextmanager
 def _mirroring(source: Cluster, target: Cluster, folder: Path) -> Iterator[None]:
     """rbd-mirror of the second cluster, as a child in the foreground."""
     token = folder / "token"
-    token.write_text(source.run("rbd", "mirror", "pool", "peer", "bootstrap", "create", "--site-name", "source", POOL))
-    taking = ("--site-name", "target", "--direction", "rx-only", POOL, str(token))
+    token.write_text(
+        source.run("rbd", "mirror", "pool", "peer", "bootstrap", "create", "--site-name", "source", MIRRORED)
+    )
+    taking = ("--site-name", "target", "--direction", "rx-only", MIRRORED, str(token))
     target.run("rbd", "mirror", "pool", "peer", "bootstrap", "import", *taking)
     # It knows its own cluster only by a name, whose configuration it looks for where it is started.
     (folder / "target.conf").write_text(target.conf.read_text())
@@ -56,8 +60,8 @@ def _mirroring(source: Cluster, target: Cluster, folder: Path) -> Iterator[None]
     with (folder / "rbd-mirror.out").open("wb") as said:
         mirror = subprocess.Popen(argv, cwd=folder, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
     try:
-        source.run("rbd", "mirror", "image", "enable", f"{POOL}/{MIRRORED}", "snapshot")
-        every = ("--pool", POOL, "--image", MIRRORED, MIRROR_SCHEDULE)
+        source.run("rbd", "mirror", "image", "enable", f"{MIRRORED}/{IMAGE}", "snapshot")
+        every = ("--pool", MIRRORED, "--image", IMAGE, MIRROR_SCHEDULE)
         source.run("rbd", "mirror", "snapshot", "schedule", "add", *every)
         yield
     finally:
@@ -79,15 +83,15 @@ def _replicating(source: Cluster, target: Cluster, folder: Path) -> Iterator[Non
         f"{prefix}.1:8571",
         cluster=f"{prefix}.0/24",
         http="",
-        rest=storage.format(name="images", pool=POOL, conf=source.conf)
+        rest=storage.format(name="images", pool=OURS, conf=source.conf)
         + f'[peer.b]\naddress = "{prefix}.2:8571"\n'
-        + f'[job.j]\nsource = "images:{OURS}"\ntargets = ["b:replicas"]\nschedule = "{SCHEDULE}"\n',
+        + f'[job.j]\nsource = "images:{IMAGE}"\ntargets = ["b:replicas"]\nschedule = "{SCHEDULE}"\n',
     )
     b.configure(
         f"{prefix}.2:8571",
         cluster=f"{prefix}.0/24",
         http="",
-        rest=storage.format(name="replicas", pool=POOL, conf=target.conf)
+        rest=storage.format(name="replicas", pool=OURS, conf=target.conf)
         + f'namespace = "{REPLICAS}"\n[peer.a]\naddress = "{prefix}.1:8571"\nmay_push_to = ["replicas"]\n',
     )
     try:
@@ -103,14 +107,16 @@ class _Looking:
     """Looks into the newest complete snapshots of both copies."""
 
     def __init__(self, target: Cluster) -> None:
-        self._hands = Connection("looking", Where(POOL, target.conf, "admin", None), load)
-        place = Naming(REPLICAS).place(f"a/{OURS}")
-        self._images = {OURS: (place.namespace, place.image), MIRRORED: ("", MIRRORED)}
+        self._hands = {
+            pool: Connection("looking", Where(pool, target.conf, "admin", None), load) for pool in (OURS, MIRRORED)
+        }
+        place = Naming(REPLICAS).place(f"a/{IMAGE}")
+        self._images = {OURS: (place.namespace, place.image), MIRRORED: ("", IMAGE)}
 
     def sees(self, which: str, marker: bytes) -> bool:
         """Whether a copy's newest complete snapshot has the marker."""
         namespace, name = self._images[which]
-        with self._hands.session("looking") as session, session.ioctx(namespace) as ioctx:
+        with self._hands[which].session("looking") as session, session.ioctx(namespace) as ioctx:
             try:
                 image: Any = session.binding.open_image(ioctx, name, read_only=True)
             except session.binding.errors as error:
@@ -134,7 +140,8 @@ class _Looking:
 
     def close(self) -> None:
         """Leave the cluster."""
-        self._hands.close()
+        for hands in self._hands.values():
+            hands.close()
 
 
 def _wait(looking: _Looking, marker: bytes, begun: float) -> dict[str, float]:
@@ -151,8 +158,8 @@ def _wait(looking: _Looking, marker: bytes, begun: float) -> dict[str, float]:
 
 def _mark(source: Cluster) -> bytes:
     marker = os.urandom(4096)
-    for image in (OURS, MIRRORED):
-        with opened(source, image, POOL) as live:
+    for pool in (OURS, MIRRORED):
+        with opened(source, IMAGE, pool) as live:
             live.write(marker, 0)
             live.flush()
     return marker
