@@ -289,10 +289,9 @@ class _Receive(_Incoming):
 
         apply_stream(
             self._context,
-            target.image,
+            target,
             self._request,
             stream,
-            target.work,
             start=start or 0,
             empty=base is None and start is None and not is_clone,
             reached=reached,
@@ -370,9 +369,7 @@ class _Restore(_Incoming):
             remove_leftover(self._context, self._session, place, self._label, self._doing)
         create_image(self._session, place, self._size)
         with writable(self._context, self._session, place, self._label, self._doing, cancel) as target:
-            apply_stream(
-                self._context, target.image, self._request, stream, target.work, start=0, empty=True, reached=_nothing
-            )
+            apply_stream(self._context, target, self._request, stream, start=0, empty=True, reached=_nothing)
         self._publish(place)
         return replace(self._request.to, holds=())
 
