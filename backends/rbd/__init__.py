@@ -6,10 +6,10 @@ snapshots are anybody's to read. What is a version, and when, is in ``catalog.py
 
 From the outside in: ``backend.py`` answers; ``snapshotting.py`` (of many images at one instant: ``together.py``,
 ``grouping.py``), ``source.py`` (send, digests), ``exporting.py`` and ``replica.py`` (receive, with ``target.py``) do
-the work; ``catalog.py`` keeps the state, ``locks.py`` the writers apart; ``changes.py``, ``reading.py``,
-``receiving.py`` and ``writing.py`` move bytes; ``parents.py`` is what clones began as, ``layout.py`` what replicas take
-over beside the data; ``cluster.py`` and ``binding.py`` are the connection; ``health.py`` is what an operator should
-know.
+the work; ``catalog.py`` keeps the state (``header.py`` where others write), ``locks.py`` the writers apart;
+``changes.py``, ``reading.py``, ``receiving.py``, ``writing.py`` and ``objects.py`` move bytes; ``parents.py`` is what
+clones began as, ``layout.py`` what replicas take over beside the data; ``cluster.py`` and ``binding.py`` are the
+connection; ``health.py`` is what an operator should know.
 """
 
 from backends.rbd.backend import RbdBackend

@@ -28,6 +28,7 @@ from backends.rbd.catalog import Catalog, now_utc, read_catalog
 from backends.rbd.changes import head_changed
 from backends.rbd.cluster import Connection, Session, Where, is_absent
 from backends.rbd.context import Context
+from backends.rbd.header import Notes
 from backends.rbd.locks import Lease
 from backends.rbd.naming import HIDDEN, Naming, Place, encode
 from backends.rbd.parents import Origins
@@ -256,9 +257,13 @@ class RbdBackend(OneByOne):
         """See :class:`~backends.base.Backend`."""
         with (
             self._context.session(f"writing the lineage of {volume}") as session,
-            self._context.opened(session, volume, read_only=False) as (image, found),
+            self._context.opened(session, volume) as (_, found),
+            self._notes(session, volume, found) as notes,
         ):
-            image.metadata_set(records.LINEAGE, records.encode_lineage(lineage, found.image))
+            notes.metadata_set(records.LINEAGE, records.encode_lineage(lineage, found.image))
+
+    def _notes(self, session: Session, volume: str, found: Catalog) -> AbstractContextManager[Notes]:
+        return session.notes(self._naming.place(volume).namespace, found.image)
 
     def promote(self, volume: str, lineage: Lineage, at: VersionRef) -> None:
         """See :class:`~backends.base.Backend`."""
@@ -277,20 +282,24 @@ class RbdBackend(OneByOne):
         with (
             self._context.session(f"holding {volume}@{version.name}") as session,
             self._context.opened(session, volume, read_only=False) as (image, found),
+            self._notes(session, volume, found) as notes,
         ):
             snapshot = found.require(version)
             if tag not in snapshot.version.holds:
-                catalog.add_hold(session, image, snapshot.raw, tag)
+                catalog.add_hold(session, image, notes, snapshot.raw, tag)
 
     def release(self, volume: str, version: VersionRef, tag: str) -> None:
         """See :class:`~backends.base.Backend`."""
         names.check_tag(tag)
         with self._context.session(f"releasing {volume}@{version.name}") as session:
             try:
-                with self._context.opened(session, volume, read_only=False) as (image, found):
+                with (
+                    self._context.opened(session, volume, read_only=False) as (image, found),
+                    self._notes(session, volume, found) as notes,
+                ):
                     snapshot = found.find(version)
                     if snapshot is not None:
-                        catalog.remove_hold(session, image, found, snapshot, tag)
+                        catalog.remove_hold(session, image, notes, found, snapshot, tag)
             except NoSuchVolume:
                 return
 
@@ -298,10 +307,13 @@ class RbdBackend(OneByOne):
         """See :class:`~backends.base.Backend`."""
         with self._context.session(f"destroying {volume}@{version.name}") as session:
             try:
-                with self._context.opened(session, volume, read_only=False) as (image, found):
+                with (
+                    self._context.opened(session, volume, read_only=False) as (image, found),
+                    self._notes(session, volume, found) as notes,
+                ):
                     snapshot = found.find(version)
                     if snapshot is not None:
-                        catalog.destroy(session, image, found, snapshot)
+                        catalog.destroy(session, image, notes, found, snapshot)
             except NoSuchVolume:
                 return
 

@@ -14,6 +14,7 @@ from backends.rbd import records
 from backends.rbd.binding import Image
 from backends.rbd.cluster import Session
 from backends.rbd.failures import number
+from backends.rbd.header import Notes
 from backends.rbd.naming import BEFORE, HIDDEN
 from backends.rbd.records import HeadRecord, Identity, Partial, Replaced, SnapshotRecord, Taken
 from replicator import names
@@ -285,33 +286,33 @@ def create_snapshot(image: Image, identity: str, name: str) -> RawSnapshot:
     return made
 
 
-def add_hold(session: Session, image: Image, snapshot: RawSnapshot, tag: str) -> None:
+def add_hold(session: Session, image: Image, notes: Notes, snapshot: RawSnapshot, tag: str) -> None:
     """Hold a snapshot, and have RBD refuse to remove it where the image can (layering)."""
-    image.metadata_set(records.hold_key(snapshot.id, tag), records.encode_mark(snapshot.taken))
+    notes.metadata_set(records.hold_key(snapshot.id, tag), records.encode_mark(snapshot.taken))
     if not snapshot.user:  # of a group: nothing that takes names can remove it
         return
     if image.features() & session.binding.rbd.RBD_FEATURE_LAYERING and not image.is_protected_snap(snapshot.name):
         # The note comes first: without it, what we protected would stay protected for ever.
-        image.metadata_set(records.protected_key(snapshot.id), records.encode_mark(snapshot.taken))
+        notes.metadata_set(records.protected_key(snapshot.id), records.encode_mark(snapshot.taken))
         image.protect_snap(snapshot.name)
 
 
-def remove_key(image: Image, key: str) -> None:
+def remove_key(notes: Notes, key: str) -> None:
     """Remove a record, which may be gone."""
     with suppress(KeyError):  # what the binding makes of ENOENT
-        image.metadata_remove(key)
+        notes.metadata_remove(key)
 
 
-def remove_hold(session: Session, image: Image, catalog: Catalog, snapshot: Snapshot, tag: str) -> None:
+def remove_hold(session: Session, image: Image, notes: Notes, catalog: Catalog, snapshot: Snapshot, tag: str) -> None:
     """Take a hold back; with the last one goes our protection."""
     if tag not in snapshot.version.holds:
         return
-    remove_key(image, records.hold_key(snapshot.raw.id, tag))
+    remove_key(notes, records.hold_key(snapshot.raw.id, tag))
     if snapshot.version.holds == (tag,):
-        unprotect(session, image, catalog, snapshot.raw)
+        unprotect(session, image, notes, catalog, snapshot.raw)
 
 
-def unprotect(session: Session, image: Image, catalog: Catalog, snapshot: RawSnapshot) -> None:
+def unprotect(session: Session, image: Image, notes: Notes, catalog: Catalog, snapshot: RawSnapshot) -> None:
     """Take our protection away. What clones of the old format need it stays until they are gone."""
     if not catalog.is_protected_by_us(snapshot):
         return
@@ -322,10 +323,10 @@ def unprotect(session: Session, image: Image, catalog: Catalog, snapshot: RawSna
         if number(error) == errno.EBUSY:
             return
         raise
-    remove_key(image, records.protected_key(snapshot.id))
+    remove_key(notes, records.protected_key(snapshot.id))
 
 
-def destroy(session: Session, image: Image, catalog: Catalog, snapshot: Snapshot) -> None:
+def destroy(session: Session, image: Image, notes: Notes, catalog: Catalog, snapshot: Snapshot) -> None:
     """Remove a snapshot and its records. :raises SnapshotHeld: by us, or by somebody else's protection"""
     label = f"snapshot {snapshot.version.name} of {catalog.label}"
     if snapshot.version.holds:
@@ -333,7 +334,7 @@ def destroy(session: Session, image: Image, catalog: Catalog, snapshot: Snapshot
             f"{label} is held by {', '.join(snapshot.version.holds)}",
             hint="the job that holds it releases it once its target has a newer one",
         )
-    unprotect(session, image, catalog, snapshot.raw)
+    unprotect(session, image, notes, catalog, snapshot.raw)
     try:
         if snapshot.raw.grouped:
             image.remove_snap_by_id(snapshot.raw.id)
@@ -347,7 +348,7 @@ def destroy(session: Session, image: Image, catalog: Catalog, snapshot: Snapshot
             ) from None
         if number(error) != errno.ENOENT:
             raise
-    forget(image, catalog, snapshot.raw.id)
+    forget(notes, catalog, snapshot.raw.id)
     if snapshot.raw.grouped:
         left = [raw for raw in catalog.raw if raw != snapshot.raw]
         # Newer ones may be about to be needed: they are made first.
@@ -382,11 +383,11 @@ def needless(snapshots: Sequence[RawSnapshot]) -> list[RawSnapshot]:
     return [raw for raw in snapshots if raw.user and raw.name.startswith(BEFORE) and raw not in anchors]
 
 
-def forget(image: Image, catalog: Catalog, snapshot: int) -> None:
+def forget(notes: Notes, catalog: Catalog, snapshot: int) -> None:
     """Remove the records of a snapshot that is gone."""
     for key in catalog.metadata:
         if records.snapshot_of(key) == snapshot:
-            remove_key(image, key)
+            remove_key(notes, key)
 
 
 # -- putting in order what was interrupted; only under the volume's lock
@@ -401,13 +402,13 @@ def tidy(session: Session, image: Image, catalog: Catalog) -> None:
         if version is not None and version.record is not None:
             settle(session, image, catalog, version)
         elif raw.user and raw.name.startswith(HIDDEN) and not _is_marker(catalog, raw) and raw not in needed:
-            unprotect(session, image, catalog, raw)  # it was held already
+            unprotect(session, image, image, catalog, raw)  # it was held already
             image.remove_snap(raw.name)
             forget(image, catalog, raw.id)
     forget_removed(image, catalog)
 
 
-def forget_removed(image: Image, catalog: Catalog) -> None:
+def forget_removed(notes: Notes, catalog: Catalog) -> None:
     """Remove the records of snapshots that somebody else has removed."""
     # Records of newer ones than were listed may belong to a snapshot that was made since.
     newest = catalog.raw[-1].id if catalog.raw else 0
@@ -415,7 +416,7 @@ def forget_removed(image: Image, catalog: Catalog) -> None:
     for key in catalog.metadata:
         snapshot = records.snapshot_of(key)
         if snapshot is not None and snapshot <= newest and snapshot not in known:
-            remove_key(image, key)
+            remove_key(notes, key)
 
 
 def _is_marker(catalog: Catalog, raw: RawSnapshot) -> bool:
@@ -441,7 +442,7 @@ def settle(session: Session, image: Image, catalog: Catalog, snapshot: Snapshot)
         image.metadata_set(records.snapshot_key(old.raw.id), SnapshotRecord(identity).encode(old.raw.taken))
         for tag in records.holds_in(catalog.metadata, old.raw.taken):
             remove_key(image, records.hold_key(old.raw.id, tag))
-        unprotect(session, image, catalog, renamed)
+        unprotect(session, image, image, catalog, renamed)
     if snapshot.raw.name.startswith(HIDDEN):
         image.rename_snap(snapshot.raw.name, record.identity.name)
     if replaced is not None:

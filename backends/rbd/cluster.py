@@ -15,6 +15,7 @@ from typing import Any
 
 from backends.rbd.binding import Binding, Image, Ioctx, Pool, Rados
 from backends.rbd.failures import DENIED, LOST, not_connected, number, translate
+from backends.rbd.header import Notes
 from backends.rbd.naming import Place
 from replicator.errors import ReplicatorError, StorageUnavailable
 
@@ -118,6 +119,12 @@ class Session:
                 # A connection that is gone cannot take leave; what went wrong is being raised already.
                 with suppress(*self.binding.errors):
                     image.close()
+
+    @contextmanager
+    def notes(self, namespace: str, image: str) -> Iterator[Notes]:
+        """Where records of an image are written that others use; by its id."""
+        with self.ioctx(namespace) as ioctx:
+            yield self.binding.open_header(ioctx, image)
 
     def ask_mon(self, **command: str) -> dict[str, Any] | None:
         """What the monitors answer, None where this user may not ask."""

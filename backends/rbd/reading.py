@@ -22,6 +22,9 @@ MAX_BYTES = 32 << 20
 """Bytes that are being read or wait for their turn, at most."""
 DEADLINE = 2.0 * OSD_SECONDS
 """Seconds without any read coming back: librados should have ended each long before."""
+NO_CACHE = 0x40
+"""LIBRADOS_OP_FLAG_FADVISE_NOCACHE (rados/librados.h): what is read once does not take the place of what guests read
+again and again in the memory of the OSDs."""
 _POLL = 0.5
 _TEMPORARY = frozenset({errno.EINTR, errno.EAGAIN, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.ECANCELED})
 
@@ -111,7 +114,7 @@ class Reader:
         extent = batch.extents[index]
         # In librbd's own thread, where an exception would be swallowed: so nothing but this is done there.
         self._image.aio_read(
-            extent.offset, extent.length, lambda completion, data: put((batch, index, completion, data))
+            extent.offset, extent.length, lambda completion, data: put((batch, index, completion, data)), NO_CACHE
         )
 
     def _next(self, answers: queue.SimpleQueue[_Answer]) -> _Answer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from backends.blocks import ChunkChecker
 from backends.chunks import batches, runs
@@ -21,16 +22,18 @@ from replicator.cancellation import Cancellation
 from replicator.endpoint import ReceiveRequest
 from replicator.streams import Chunk, Extent, Stream
 
+if TYPE_CHECKING:
+    from backends.rbd.target import Target
+
 CHECKPOINT_BYTES = 64 << 20
 CHECKPOINT_SECONDS = 2.0
 
 
 def apply_stream(
     context: Context,
-    image: Image,
+    target: Target,
     request: ReceiveRequest,
     stream: Stream,
-    work: Cancellation,
     *,
     start: int,
     empty: bool,
@@ -50,8 +53,8 @@ def apply_stream(
         key=bytes.fromhex(request.key),
         checksums=context.checksums,
     )
-    writer = Writer(image, label, start, work)
-    with writer.draining():
+    work = target.work
+    with target.objects() as objects, Writer(target.image, label, start, work, objects).draining() as writer:
         try:
             points = _Checkpoints(writer, start, reached)
             for chunk in stream:

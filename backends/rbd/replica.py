@@ -250,7 +250,7 @@ class _Receive(_Incoming):
         if found is None or self._rebuilding:
             return None
         if self._request.hold and self._request.hold not in found.version.holds:
-            add_hold(self._session, target.image, found.raw, self._request.hold)
+            add_hold(self._session, target.image, target.image, found.raw, self._request.hold)
         partial = target.catalog.partial
         if partial is not None and partial.to_guid == self._request.to.guid:
             if found.raw == target.catalog.raw[-1]:
@@ -289,10 +289,9 @@ class _Receive(_Incoming):
 
         apply_stream(
             self._context,
-            target.image,
+            target,
             self._request,
             stream,
-            target.work,
             start=start or 0,
             empty=base is None and start is None and not is_clone,
             reached=reached,
@@ -330,7 +329,7 @@ class _Receive(_Incoming):
         replaced = same or catalog.named(to.name)
         holds = {self._request.hold} - {""} | set(same.version.holds if same is not None else ())
         for tag in sorted(holds):
-            add_hold(self._session, target.image, raw, tag)
+            add_hold(self._session, target.image, target.image, raw, tag)
         position = same.version.position if same is not None else raw.id * POSITION_STEP
         other = catalog.named(to.name)
         name = to.name if other is None or other is replaced else replaced.version.name if replaced else to.name
@@ -370,9 +369,7 @@ class _Restore(_Incoming):
             remove_leftover(self._context, self._session, place, self._label, self._doing)
         create_image(self._session, place, self._size)
         with writable(self._context, self._session, place, self._label, self._doing, cancel) as target:
-            apply_stream(
-                self._context, target.image, self._request, stream, target.work, start=0, empty=True, reached=_nothing
-            )
+            apply_stream(self._context, target, self._request, stream, start=0, empty=True, reached=_nothing)
         self._publish(place)
         return replace(self._request.to, holds=())
 

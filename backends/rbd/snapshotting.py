@@ -12,6 +12,7 @@ from backends.rbd.cluster import Session, exists_already
 from backends.rbd.context import Context
 from backends.rbd.images import make_namespace
 from backends.rbd.locks import writing
+from backends.rbd.naming import Place
 from replicator import names
 from replicator.cancellation import Cancellation
 from replicator.errors import NoSuchVolume, SnapshotExists, Unsupported, VolumeBusy
@@ -34,7 +35,7 @@ def take_snapshot(context: Context, volume: str, name: str) -> Version:
         if existing is not None:
             return existing.version
         refuse_replica(catalog)
-        return _take(session, image, catalog, name)
+        return _take(session, context.naming.place(volume), image, catalog, name)
 
 
 def refuse_replica(catalog: Catalog) -> None:
@@ -46,14 +47,15 @@ def refuse_replica(catalog: Catalog) -> None:
         )
 
 
-def _take(session: Session, image: Image, catalog: Catalog, name: str) -> Version:
+def _take(session: Session, place: Place, image: Image, catalog: Catalog, name: str) -> Version:
     try:
         image.create_snap(name)
     except session.binding.errors as error:
         if not exists_already(error):
             raise
     found = read_catalog(session, image, catalog.label)
-    forget_removed(image, found)  # by hand, with what we had noted of them
+    with session.notes(place.namespace, found.image) as notes:
+        forget_removed(notes, found)  # by hand, with what we had noted of them
     made = found.named(name)
     if made is None:
         raise SnapshotExists(
@@ -86,12 +88,13 @@ def set_aside(context: Context, volume: str, name: str) -> VersionRef | None:
             kept = None
             if catalog.partial is None and head_changed(session, looking, catalog):
                 refuse_users(session, image, catalog.label)
-                kept = _take(session, image, catalog, catalog.free_name(name)).ref
+                kept = _take(session, place, image, catalog, catalog.free_name(name)).ref
             lineage = catalog.lineage
             if lineage is not None and lineage.role is not Role.REPLICA:
                 held.check()
                 demoted = Lineage(lineage.uuid, Role.REPLICA, lineage.epoch)
-                image.metadata_set(records.LINEAGE, records.encode_lineage(demoted, catalog.image))
+                with session.notes(place.namespace, identity) as notes:
+                    notes.metadata_set(records.LINEAGE, records.encode_lineage(demoted, catalog.image))
             return kept
 
 

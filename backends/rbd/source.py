@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
-from backends.blocks import merged
-from backends.chunks import batches, without_zeros
+from backends.blocks import GRANULARITY, merged
+from backends.chunks import batches
 from backends.rbd.binding import Image
 from backends.rbd.catalog import Catalog, RawSnapshot, Snapshot, told_from
 from backends.rbd.changes import CloneDiff, Diff, compared, find_changes, find_own, selected
@@ -21,12 +21,25 @@ from replicator.checksums import Checksums
 from replicator.endpoint import DigestBatch, DigestRequest, Range, SendRequest
 from replicator.errors import NoSuchSnapshot, NoSuchVolume, Unsupported
 from replicator.model import VersionKind, VersionRef
-from replicator.streams import BLOCK_SIZE, DIGEST_SIZE, BlockChunk, Extent, Stream
+from replicator.streams import (
+    BLOCK_SIZE,
+    CHUNK_SIZE,
+    DIGEST_SIZE,
+    MAX_EXTENTS,
+    BlockChunk,
+    Buffer,
+    Extent,
+    Stream,
+)
 
 _READ = 1 << 20
 """Bytes read at a time for digests."""
 _BATCH = 16
 """Reads that make one batch of digests."""
+_ZEROS = b"\1" * (BLOCK_SIZE // GRANULARITY)
+"""A run of zeros that is worth an extent, in a map of pieces: shorter ones are sent as data."""
+_MAX_DIVIDED = MAX_EXTENTS - 2 * (CHUNK_SIZE // BLOCK_SIZE)
+"""Extents of a chunk that may still be divided."""
 
 
 class _Source:
@@ -160,20 +173,61 @@ def open_stream(context: Context, request: SendRequest, cancel: Cancellation) ->
 
 
 def make_chunk(batch: Sequence[Extent], parts: list[bytes], checksums: Checksums, key: bytes) -> BlockChunk:
-    """A chunk of a stream: these extents with the bytes of the written ones; blocks of zeros become zero extents."""
-    if not parts:
-        return BlockChunk(tuple(batch), b"", b"")
-    digests = bytearray(sum(-(-len(part) // BLOCK_SIZE) for part in parts) * DIGEST_SIZE)
-    zeros = bytearray(len(digests) // DIGEST_SIZE)
-    blocks = 0
-    for part in parts:
-        blocks += checksums.digest_blocks_into(
-            part, key, memoryview(digests)[blocks * DIGEST_SIZE :], memoryview(zeros)[blocks:], block_size=BLOCK_SIZE
-        )
-    if not any(zeros):
-        return BlockChunk(tuple(batch), parts[0] if len(parts) == 1 else b"".join(parts), bytes(digests))
-    data = bytearray().join(parts)
-    return without_zeros(list(batch), memoryview(data), digests, zeros, lambda: None)
+    """A chunk of a stream: these extents with the bytes of the written ones; long runs of zeros become zero extents."""
+    extents: list[Extent] = []
+    pieces: list[Buffer] = []
+    written = iter(parts)
+    for extent in batch:
+        if extent.zero:
+            _append(extents, extent)
+            continue
+        part = next(written)
+        whole = memoryview(part)
+        for piece in _divided(extent, part, checksums, few=len(batch) <= _MAX_DIVIDED):
+            _append(extents, piece)
+            if not piece.zero:
+                start = piece.offset - extent.offset
+                pieces.append(part if piece == extent else whole[start : start + piece.length])
+    digests = bytearray(sum(-(-len(piece) // BLOCK_SIZE) for piece in pieces) * DIGEST_SIZE)
+    blocks, view = 0, memoryview(digests)
+    for data in pieces:
+        blocks += checksums.digest_blocks_into(data, key, view[blocks * DIGEST_SIZE :], None, block_size=BLOCK_SIZE)
+    return BlockChunk(tuple(extents), pieces[0] if len(pieces) == 1 else b"".join(pieces), bytes(digests))
+
+
+def _divided(extent: Extent, data: bytes, checksums: Checksums, *, few: bool) -> list[Extent]:
+    """A written extent as what is data and what are zeros in it. Of an object that is new, or was made longer, a diff
+    tells all that lies before its last byte. Zeros are worth an operation at the target where they are many.
+
+    :param few: the chunk has room for more extents
+    """
+    zeros = bytearray(-(-len(data) // GRANULARITY))
+    checksums.zero_map(data, zeros, block_size=GRANULARITY)
+    begin = zeros.find(_ZEROS) if few else -1
+    if begin < 0:
+        return [Extent(extent.offset, extent.length, zero=zeros.count(1) == len(zeros))]
+    found: list[Extent] = []
+    done = 0
+    while begin >= 0:
+        following = zeros.find(0, begin)
+        end = len(data) if following < 0 else following * GRANULARITY
+        if begin * GRANULARITY > done:
+            found.append(Extent(extent.offset + done, begin * GRANULARITY - done))
+        found.append(Extent(extent.offset + begin * GRANULARITY, end - begin * GRANULARITY, zero=True))
+        done = end
+        begin = zeros.find(_ZEROS, following) if following >= 0 else -1
+    if done < len(data):
+        found.append(Extent(extent.offset + done, len(data) - done))
+    return found
+
+
+def _append(extents: list[Extent], extent: Extent) -> None:
+    """Zeros that go on are one extent. Written ones are not joined: digests are counted from where each begins."""
+    last = extents[-1] if extents else None
+    if last is not None and last.zero and extent.zero and last.end == extent.offset:
+        extents[-1] = Extent(last.offset, last.length + extent.length, zero=True)
+    else:
+        extents.append(extent)
 
 
 # -- digests

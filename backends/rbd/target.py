@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 from backends.base import not_removable
@@ -16,6 +16,7 @@ from backends.rbd.context import Context
 from backends.rbd.images import image_id, remove_image
 from backends.rbd.locks import Held, writing
 from backends.rbd.naming import Place
+from backends.rbd.objects import Objects, objects_of
 from backends.rbd.receiving import copy_back
 from backends.rbd.records import Partial, Stage
 from backends.rbd.snapshotting import refuse_users
@@ -117,6 +118,10 @@ class Target:
     def still_ours(self) -> None:
         """Before what RBD's own lock does not keep apart: metadata. :raises StorageUnavailable: the lease is lost"""
         self._held.check()
+
+    def objects(self) -> AbstractContextManager[Objects | None]:
+        """Its objects, to write to them; None where only librbd may."""
+        return objects_of(self.session, self._place.namespace, self.image)
 
     def note(self, partial: Partial) -> None:
         """Write the record of what is being received."""

@@ -24,7 +24,6 @@ namespaces cannot be in one group: what is not of one instant with the rest is t
 from __future__ import annotations
 
 import logging
-import struct
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from backends.rbd import records
-from backends.rbd.catalog import POSITION_STEP, Catalog, RawSnapshot, derived_guid, read_catalog, taken_as
+from backends.rbd.catalog import (
+    POSITION_STEP,
+    Catalog,
+    RawSnapshot,
+    derived_guid,
+    forget_removed,
+    read_catalog,
+    taken_as,
+)
 from backends.rbd.changes import find_changes
 from backends.rbd.cluster import Session
 from backends.rbd.context import Context
@@ -267,33 +274,18 @@ class _Taking:
             else:
                 guid = derived_guid(session, part.taken)
                 identity = Identity(guid, self._name, part.taken.time, part.id * POSITION_STEP)
-                _note_snapshot(
-                    session, member.place, catalog.image, part.id, SnapshotRecord(identity).encode(part.taken)
-                )
-            made = read_catalog(session, image, member.label).named(self._name)
+                with session.notes(member.place.namespace, catalog.image) as notes:
+                    notes.metadata_set(records.snapshot_key(part.id), SnapshotRecord(identity).encode(part.taken))
+            found = read_catalog(session, image, member.label)
+            with session.notes(member.place.namespace, found.image) as notes:
+                forget_removed(notes, found)  # by hand, with what we had noted of them
+            made = found.named(self._name)
             if made is None:
                 raise self._gone(member)
             return made.version
 
     def _gone(self, member: _Member) -> NoSuchSnapshot:
         return NoSuchSnapshot(f"{member.label}@{self._name} was removed while it was being made", hint="run it again")
-
-
-def _note_snapshot(session: Session, place: Place, image: str, snapshot: int, record: str) -> None:
-    """Write the record of a snapshot as librbd does, but without its asking for the exclusive lock first: that was seen
-    to wait without end where a guest writes all the time (librbd 16.2). This ends with the deadline of the OSDs.
-
-    :param image: its id
-    """
-    words = (records.snapshot_key(snapshot).encode(), record.encode())
-    fields = struct.pack("<I", 1) + b"".join(struct.pack("<I", len(word)) + word for word in words)
-    with session.ioctx(place.namespace) as ioctx:
-        op = ioctx.create_write_op()
-        try:
-            op.execute("rbd", "metadata_set", fields)  # a map of one key (cls/rbd/cls_rbd.cc)
-            ioctx.operate_write_op(op, f"rbd_header.{image}")
-        finally:
-            op.release()
 
 
 def _same(session: Session, place: Place, catalog: Catalog, first: RawSnapshot, part: RawSnapshot) -> bool:

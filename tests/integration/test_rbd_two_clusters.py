@@ -137,7 +137,7 @@ class Watch:
 def test_images_under_random_writers(
     tmp_path: Path, ceph_sites: Mapping[str, Cluster], count: Callable[[int, int], int]
 ) -> None:
-    number, seconds, kept = count(6, 20), count(30, 600), count(6, 30)
+    number, seconds, kept = count(6, 20), count(30, 600), count(12, 30)
     keep = f'keep = {{source = "last={kept}", target = "last={kept}"}}'
     job = f'schedule = "{count(5, 10)}s"\nunchanged = "snapshot"\n{keep}'
     volumes = [f"vm-{n}" for n in range(number)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from backends.rbd.binding import Binding, Group, Image, Ioctx, Pool, load
+from backends.rbd.header import Notes
 
 _CHANGES = frozenset(
     {
@@ -75,6 +76,11 @@ class CutBinding(Binding):
     def open_image(self, ioctx: Ioctx, name: str, *, read_only: bool) -> Image:
         """An image that can be cut off."""
         guarded: Any = _Guarded(super().open_image(ioctx, name, read_only=read_only), self.cut, _CHANGES, _WRITES)
+        return guarded  # type: ignore[no-any-return]
+
+    def open_header(self, ioctx: Ioctx, image: str) -> Notes:
+        """Records that can be cut off."""
+        guarded: Any = _Guarded(super().open_header(ioctx, image), self.cut, _CHANGES)
         return guarded  # type: ignore[no-any-return]
 
     def pool(self) -> Pool:

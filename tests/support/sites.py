@@ -228,7 +228,8 @@ class Sites:
 
     def assert_tidy(self) -> None:
         """Nothing is left behind on either side."""
-        assert (self.source.leftovers(), self.target.leftovers()) == ([], [])
+        left = self.source.leftovers(), self.target.leftovers()
+        assert left == ([], []), left
 
     def metrics(self) -> dict[str, float]:
         """What node ``a`` serves: each line's value by its name and labels."""
