@@ -37,7 +37,8 @@ def test_promoting_again_changes_nothing(case: BackendCase) -> None:
     case.write(VM.name, 0, b"!" * case.unit)
     written = case.read(VM.name)
     case.reopen()
-    case.backend.promote(VM.name, PROMOTED, one.ref)
+    with case.in_use(VM.name):  # its guest has been started
+        case.backend.promote(VM.name, PROMOTED, one.ref)
     assert case.read(VM.name) == written
     assert state_of(case).lineage == PROMOTED
 
