@@ -59,7 +59,7 @@ def test_two_who_read_one_dataset_leave_each_other_their_clones() -> None:
 
 
 def test_what_a_process_left_that_is_gone_goes() -> None:
-    process = subprocess.Popen(["sleep", "600"])  # noqa: S607
+    process = subprocess.Popen(["sleep", "600"])
     try:
         another = f"{DATASET}{clones.MARK}{clones.owner(process.pid)}-0000"
         same_number = f"{DATASET}{clones.MARK}{os.getpid():x}.1-0000"
