@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
 from replicator.cancellation import Cancellation
+from replicator.diff_format import Piece
 from replicator.endpoint import (
     DigestBatch,
     DigestRequest,
@@ -30,12 +32,13 @@ from replicator.endpoint import (
     Taken,
     VolumeListing,
 )
-from replicator.errors import ReplicatorError
+from replicator.errors import NotAReplica, ReplicatorError, VolumeBusy
 from replicator.model import (
     Capability,
     Lack,
     Lineage,
     Property,
+    Role,
     StorageInfo,
     StreamKind,
     Version,
@@ -167,6 +170,13 @@ class Backend(Protocol):
     def rename(self, volume: str, new: str) -> None:
         """See :meth:`replicator.endpoint.Endpoint.rename`; the endpoint has checked roles, and that ``new`` is free."""
 
+    def remove(self, volume: str) -> None:
+        """Remove a replica that has no versions any more, with what was half received; nothing happens if it is gone.
+
+        :raises NotAReplica: it is none
+        :raises VolumeBusy: it has a version all the same, is in use, or has something that depends on it
+        """
+
     def properties(self, volume: str) -> tuple[Property, ...]:
         """See :meth:`replicator.endpoint.Endpoint.properties`."""
 
@@ -175,6 +185,15 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release handles and connections."""
+
+
+def not_removable(label: str, lineage: Lineage | None) -> ReplicatorError:
+    """The refusal of :meth:`Backend.remove`."""
+    if lineage is None or lineage.role is not Role.REPLICA:
+        return NotAReplica(
+            f"volume {label} is no replica, so it is not removed", hint="remove it by hand if that is right"
+        )
+    return VolumeBusy(f"replica {label} has snapshots, so it is not removed", hint="look again what it has")
 
 
 class OneByOne(ABC):
@@ -255,3 +274,13 @@ class Inspectable(Protocol):
 
     def scrub(self, request: ScrubRequest) -> Scrub:
         """See :meth:`replicator.endpoint.Endpoint.scrub`."""
+
+
+@runtime_checkable
+class DiffSource(Protocol):
+    """A storage of block streams that tells of changes in records of its own, as ``rbd export-diff`` writes them."""
+
+    def diff(
+        self, volume: str, base: VersionRef | None, to: VersionRef, cancel: Cancellation
+    ) -> AbstractContextManager[Iterator[Piece]]:
+        """See :meth:`replicator.local.LocalEndpoint.diff`."""

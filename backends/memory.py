@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from backends.base import Backend, OneByOne
+from backends.base import Backend, OneByOne, not_removable
 from backends.blocks import ChunkChecker, after, changes, packed, within
 from backends.memory_volume import Partial, Stored, Volume, check_resume, continues, newest_data, next_position
 from replicator import names
@@ -301,6 +301,16 @@ class MemoryBackend(OneByOne):
         """See :class:`~backends.base.Backend`."""
         with self._lock:
             self._volumes[names.check_volume(new)] = self._volume(volume)
+            del self._volumes[volume]
+
+    def remove(self, volume: str) -> None:
+        """See :class:`~backends.base.Backend`."""
+        with self._lock:
+            found = self._volumes.get(volume)
+            if found is None:
+                return
+            if found.lineage is None or found.lineage.role is not Role.REPLICA or found.stored:
+                raise not_removable(f"{self.name}:{volume}", found.lineage)
             del self._volumes[volume]
 
     def properties(self, _volume: str) -> tuple[Property, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.report import Result, print_table, wide_console, write_json
 
-SUBJECTS = ("checksum", "stream", "incremental", "scheduler", "daemon", "zfs")
+SUBJECTS = ("checksum", "stream", "incremental", "scheduler", "daemon", "zfs", "rbd")
 """Each is a module ``benchmarks.bench_<subject>`` with ``run(quick) -> list[Result]``."""
 
 

@@ -21,6 +21,9 @@ class Checksums(Protocol):
     ) -> int:
         """The same into ``digests``; ``zeros`` gets 1 for each block of zeros and 0 for others. Returns the blocks."""
 
+    def zero_map(self, data: Buffer, zeros: Buffer, *, block_size: int = ...) -> int:
+        """Write 1 into ``zeros`` for each block of zeros and 0 for others. Returns the blocks."""
+
     def keyed_digest(self, key: Buffer, *parts: Buffer) -> bytes:
         """The keyed digest, 32 bytes, of ``parts`` one after the other."""
 

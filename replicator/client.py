@@ -10,12 +10,13 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
+import pydantic_core
 from pydantic import TypeAdapter
 
 from replicator.cancellation import Cancellation
@@ -23,6 +24,7 @@ from replicator.control import (
     Finding,
     HistoryEntry,
     Listener,
+    OrphanReport,
     PlannedReplica,
     PruneReport,
     Restored,
@@ -172,6 +174,17 @@ class DaemonClient:
         found: tuple[PruneReport, ...] = self._work("prune", order, messages.PRUNES, lambda _: None, Cancellation())
         return found
 
+    def orphans(self, job: str) -> tuple[OrphanReport, ...]:
+        found: tuple[OrphanReport, ...] = self._ask("GET", "orphans", messages.ORPHANS, job=job)
+        return found
+
+    def remove_orphans(self, job: str, wanted: tuple[OrphanReport, ...]) -> tuple[OrphanReport, ...]:
+        order = messages.OrphanOrder(job, wanted)
+        found: tuple[OrphanReport, ...] = self._work(
+            "remove-orphans", order, messages.ORPHANS, lambda _: None, Cancellation()
+        )
+        return found
+
     def restore(self, snapshot: str, to: str, listen: Listener, cancel: Cancellation) -> Restored:
         order = messages.RestoreRequest(snapshot, to)
         found: Restored = self._work("restore", order, messages.RESTORED, listen, cancel)
@@ -204,7 +217,9 @@ class DaemonClient:
         try:
             with (
                 self._told_well(self._timeouts.silence),
-                self._http.stream("POST", path, json=asdict(order), timeout=timeout) as response,
+                self._http.stream(
+                    "POST", path, json=pydantic_core.to_jsonable_python(order), timeout=timeout
+                ) as response,
                 cancel.unblock(lambda: _cut(response)),
             ):
                 if response.status_code != httpx.codes.OK:

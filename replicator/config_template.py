@@ -57,9 +57,12 @@ http = {http}
 #kind = "rbd"
 #pool = "rbd"
 #namespace = "vms"
+#data_pool = "ec-data"
 #conffile = "/etc/ceph/ceph.conf"
 #user = "admin"
 #keyring = "/etc/ceph/ceph.client.admin.keyring"
+# "together": the snapshots of a run are of one instant, through an RBD group.
+#snapshots = "each"
 
 # Another node: one table each. It joins with: replicator cluster invite NODE
 #[peer.{peer}]

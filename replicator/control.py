@@ -15,7 +15,7 @@ from typing import Protocol
 
 from replicator.cancellation import Cancellation
 from replicator.endpoint import PruneOutcome, Range
-from replicator.model import Progress, Version
+from replicator.model import Lineage, Progress, Version
 from replicator.verification import Resync, Verification
 
 
@@ -204,6 +204,24 @@ class PruneReport:
     message: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class OrphanReport:
+    """A replica whose source is gone, and what a request to remove it did (or would do).
+
+    :ivar lineage: of the replica; None where it is not known
+    :ivar versions: its snapshots
+    :ivar kept: why it stays, "" where it goes
+    :ivar gone: it was removed
+    """
+
+    orphan: Orphan
+    lineage: Lineage | None
+    size: int | None
+    versions: tuple[Version, ...]
+    kept: str = ""
+    gone: bool = False
+
+
 class Level(StrEnum):
     """How bad a finding of ``check`` is."""
 
@@ -312,6 +330,15 @@ class Control(Protocol):
     def prune(self, job: str, dry_run: bool) -> tuple[PruneReport, ...]:
         """Apply a job's retention now."""
 
+    def orphans(self, job: str) -> tuple[OrphanReport, ...]:
+        """The replicas of a job whose sources are gone, and whether they can be removed."""
+
+    def remove_orphans(self, job: str, wanted: tuple[OrphanReport, ...]) -> tuple[OrphanReport, ...]:
+        """Remove replicas whose sources are gone, with all their snapshots; what became of each.
+
+        :param wanted: of :meth:`orphans`: what has changed since is kept
+        """
+
     def restore(self, snapshot: str, to: str, listen: Listener, cancel: Cancellation) -> Restored:
         """``STORAGE:NAME@SNAPSHOT`` -> new volume ``STORAGE:NAME`` of this node, wherever the snapshot is."""
 
@@ -336,6 +363,8 @@ __all__ = [
     "Level",
     "Listener",
     "Note",
+    "Orphan",
+    "OrphanReport",
     "PeerStatus",
     "PlannedReplica",
     "PlannedStep",

@@ -259,6 +259,24 @@ class PruneRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoveRequest:
+    """Remove a replica whose source is gone, with all its versions.
+
+    It says what somebody has seen and wants to be gone; the node that owns the storage refuses where that is not what
+    is there.
+
+    :ivar job: that made it: its holds are in nobody's way
+    :ivar lineage: of the replica
+    :ivar versions: the guids of all its versions
+    """
+
+    volume: VolumeId
+    job: str
+    lineage: Lineage
+    versions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PruneOutcome:
     """What became of one version, and why.
 
@@ -453,6 +471,16 @@ class Endpoint(Protocol):
 
     def prune(self, request: PruneRequest) -> tuple[PruneOutcome, ...]:
         """Destroy what a policy does not keep, one by one: a failure of one never stops the others."""
+
+    def remove(self, request: RemoveRequest) -> None:
+        """Remove a replica; nothing happens if it is gone. Interrupted, it has fewer versions, and is asked for again.
+
+        :raises NotAReplica: it is none, or of another lineage or epoch
+        :raises VolumeChanged: it has a version, or live data, that the request does not know of
+        :raises SnapshotHeld: somebody else than the job holds a version
+        :raises NotAuthorized: this node keeps a minimum of what the peer that asks has here
+        :raises VolumeBusy: it is in use, or has clones or volumes below it
+        """
 
     def clone(self, volume: VolumeId, version: VersionRef, new: VolumeId) -> VolumeInfo:
         """Make a snapshot a new writable volume of the same node, without lineage.

@@ -14,7 +14,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Protocol
 
-from replicator import leftovers, mismatches
+from replicator import leftovers, logs, mismatches
 from replicator.cancellation import Cancellation
 from replicator.config import Config
 from replicator.control import (
@@ -22,6 +22,7 @@ from replicator.control import (
     HistoryEntry,
     Listener,
     Orphan,
+    OrphanReport,
     PeerStatus,
     PlannedReplica,
     PlannedStep,
@@ -42,7 +43,7 @@ from replicator.model import (
     VolumeId,
     snapshot_name,
 )
-from replicator.orphans import find_orphans
+from replicator.orphans import examine, find_orphans, remove
 from replicator.pruning import source_request, target_request
 from replicator.restoring import Place, Restores, restore
 from replicator.runs import Runner
@@ -431,6 +432,34 @@ class Engine:
                 reports.append(_pruned(task.pair.target, theirs))
         return tuple(reports)
 
+    def orphans(self, job: str) -> tuple[OrphanReport, ...]:
+        """See Control."""
+        item = self._job(job)
+        self._look_for_orphans(item, self._runner.tasks.of(item))
+        source = self._nodes.endpoint(item.source.node, item)
+        found = self._orphans[item.name]
+        return tuple(examine(each, source, self._orphan_at(item, each)) for each in found)
+
+    def remove_orphans(self, job: str, wanted: tuple[OrphanReport, ...]) -> tuple[OrphanReport, ...]:
+        """See Control."""
+        item = self._job(job)
+        tasks = self._runner.tasks.of(item)
+        self._look_for_orphans(item, tasks)
+        source = self._nodes.endpoint(item.source.node, item)
+        reports = []
+        for each in wanted:
+            if each.orphan not in self._orphans[item.name]:
+                reports.append(replace(each, kept="it is no orphan of this job (any more)"))
+                continue
+            reports.append(remove(each, source, self._orphan_at(item, each.orphan)))
+            fields = {"job": job, "replica": each.orphan.replica, "target": each.orphan.target}
+            logs.event(LOG, "info", "orphan removed" if reports[-1].gone else "orphan kept", **fields)
+        self._look_for_orphans(item, tasks)
+        return tuple(reports)
+
+    def _orphan_at(self, job: Job, orphan: Orphan) -> Endpoint:
+        return self._nodes.endpoint(orphan.target.partition(":")[0], job)
+
     def restore(self, snapshot: str, to: str, listen: Listener, cancel: Cancellation) -> Restored:
         """See Control."""
         text, at, name = snapshot.rpartition("@")
@@ -441,11 +470,8 @@ class Engine:
         places: list[Place] = []
         with suppress(UsageError, ReplicatorError):
             places.append(Place(own, VolumeId.parse(text)))
-        with suppress(NoSuchVolume):
-            for task in self._tasks_of(text, None):
-                pair = task.pair
-                places.append(Place(pair.source, pair.source_volume))
-                places.append(Place(pair.target, pair.target_volume))
+        for job in self._jobs():
+            places += [Place(*copy) for copy in self._runner.tasks.copies(job, text)]
 
         def observe(progress: Progress) -> None:
             listen(progress)

@@ -39,6 +39,7 @@ and metrics.
     │   ├── NotAuthorized         known, but without the right
     │   ├── ClusterNetworkError   no address of this node on the cluster network
     │   └── RemoteError           an error of the peer that this node's version does not know
+    ├── BadDiff                   a file of changes is no such file, is cut short, garbled or damaged
     ├── IdentityError             keys, certificates, join tokens
     ├── DaemonUnreachable         no daemon answers on the local socket                retryable
     ├── HookFailed                a hook of the configuration failed                   retryable
@@ -295,6 +296,12 @@ class RemoteError(TransportError):
     """An error of the peer whose code this version does not know."""
 
     code = "remote"
+
+
+class BadDiff(ReplicatorError):
+    """A file of changes, or what goes with it, is no such file, is cut short, garbled or damaged."""
+
+    code = "bad_diff"
 
 
 class IdentityError(ReplicatorError):

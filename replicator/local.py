@@ -6,6 +6,7 @@ time, lineage rules are enforced, retention is decided. Backends know only their
 
 from __future__ import annotations
 
+import secrets
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, tzinfo
 
-from backends.base import Backend, Inspectable
+from backends.base import Backend, DiffSource, Inspectable
 from replicator import names, retention
 from replicator.cancellation import Cancellation
+from replicator.diff_format import Piece
+from replicator.diff_streams import pieces_of
 from replicator.endpoint import (
     DigestBatch,
     DigestRequest,
@@ -25,6 +28,7 @@ from replicator.endpoint import (
     PruneRequest,
     ReceiveMode,
     ReceiveRequest,
+    RemoveRequest,
     Scrub,
     ScrubRequest,
     SendRequest,
@@ -58,8 +62,9 @@ from replicator.model import (
     VolumeInfo,
     VolumeState,
 )
+from replicator.removing import check_removable, keeps_a_minimum
 from replicator.roles import check_may_receive, stale_epoch
-from replicator.streams import Stream
+from replicator.streams import KEY_SIZE, Stream
 
 
 class VolumeLocks:
@@ -280,6 +285,24 @@ class LocalEndpoint:
         """See :class:`~replicator.endpoint.Endpoint`."""
         return self._of(request.volume).send(request, cancel)
 
+    @contextmanager
+    def diff(
+        self, volume: VolumeId, base: VersionRef | None, to: VersionRef, cancel: Cancellation
+    ) -> Iterator[Iterator[Piece]]:
+        """The difference between two snapshots of this node in records: those that the storage tells of, or else the
+        extents of its block stream.
+
+        :raises NoSuchSnapshot: base or to is gone
+        :raises Unsupported: a storage of native streams; or one that cannot tell
+        """
+        backend = self._of(volume)
+        if isinstance(backend, DiffSource):
+            with backend.diff(volume.name, base, to, cancel) as pieces:
+                yield pieces
+            return
+        with backend.send(SendRequest(volume, base, to, secrets.token_hex(KEY_SIZE)), cancel) as stream:
+            yield pieces_of(stream)
+
     def digests(self, request: DigestRequest, cancel: Cancellation) -> Iterator[DigestBatch]:
         """See :class:`~replicator.endpoint.Endpoint`."""
         self._check_open(request.volume)
@@ -463,6 +486,26 @@ class LocalEndpoint:
         except ReplicatorError as error:
             failed = dict.fromkeys(going, error)
         return tuple(_after(outcome, failed.get(outcome.version.ref)) for outcome in outcomes)
+
+    def remove(self, request: RemoveRequest) -> None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        volume = request.volume
+        backend = self._of(volume)
+        with self._locks.writing(volume, "removing it"):
+            self._check_changeable(volume)
+            state = backend.state(volume.name)
+            if state is None:
+                return
+            check_removable(request, state, self._node)
+            if self._view is not None and self._view.keep:
+                raise keeps_a_minimum(volume, self._node, self._view.peer, self._view.keep)
+            for version in state.versions:
+                for tag in version.holds:
+                    backend.release(volume.name, version.ref, tag)
+            failed = backend.destroy_all(volume.name, [version.ref for version in state.versions])
+            for error in failed.values():
+                raise error
+            backend.remove(volume.name)
 
     def _of_another(self, request: PruneRequest, state: VolumeState) -> str:
         """Why the snapshots of that job are not the peer's to prune; "" where they are. Snapshots have the names of

@@ -152,6 +152,18 @@ class Volumes:
             self._listed.clear()
 
 
+class Way(Protocol):
+    """What is moved, and where to; a :class:`Pair` is one."""
+
+    @property
+    def source_volume(self) -> VolumeId:
+        """What is read."""
+
+    @property
+    def target_text(self) -> str:
+        """Where it goes, as people name it."""
+
+
 class Meter:
     """Counts a stream, tells the observer at most a few times a second, holds it back, and stops it on request."""
 
@@ -161,7 +173,7 @@ class Meter:
 
     def __init__(
         self,
-        pair: Pair,
+        pair: Way,
         step: str,
         *,
         total: int | None,
@@ -232,10 +244,15 @@ class ObservedStream(ChunkStream):
         self._watchdog.phase("the target made it durable", limits.prepare)
 
 
+def _nobody_asks(_version: Version) -> None:
+    """For who only wants it done."""
+
+
 class Replication:
     """One run for one pair: plan, transfer step by step, try again where that may help.
 
     :param volumes: shared by those that run or plan together
+    :param arrived: is told each version once the target has it complete; what follows of a run may take its time
     """
 
     def __init__(
@@ -246,6 +263,7 @@ class Replication:
         observer: Observer,
         cancel: Cancellation,
         volumes: Volumes | None = None,
+        arrived: Callable[[Version], None] = _nobody_asks,
     ) -> None:
         self._pair = pair
         self._volumes = volumes or Volumes()
@@ -254,6 +272,7 @@ class Replication:
         self._options = options
         self._observer = observer
         self._cancel = cancel
+        self._arrived = arrived
         self._asked: tuple[Property, ...] | None = None
         self.outcome = Outcome()
 
@@ -357,6 +376,7 @@ class Replication:
                 raise
             self.outcome.steps += 1
             newest = step.to
+            self._arrived(newest)
             self._settle(step, committed)
             if step.resume is not None:
                 return False  # a resumed step finishes what was begun; only now is it known what else there is

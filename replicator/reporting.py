@@ -54,6 +54,10 @@ class Reporter:
         seen = self._tracker.seen(key, newest, backlog, self._clock(), as_of)
         self._recorder.replica_seen(key, newest, backlog, seen.as_of)
 
+    def arrived(self, key: ReplicaKey, newest: Version) -> None:
+        """The target has this version complete, as of now; how much more there is was not asked again."""
+        self.seen(key, newest, self._tracker.get(key).backlog)
+
     def problem(self, key: ReplicaKey, error: ReplicatorError) -> None:
         """Something stands in the way, found without a run."""
         self._tracker.problem(key, outcome_of(error), str(error), error.hint)

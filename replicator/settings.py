@@ -115,9 +115,11 @@ class RbdStorage(Table):
     kind: Literal["rbd"]
     pool: Word = Field(description='write the pool, for example "rbd"')
     namespace: Word | None = Field(None, description="write the name of an RBD namespace")
+    data_pool: Word | None = Field(None, description="write the name of the pool that new replicas have their data in")
     conffile: AbsolutePath = Field(Path("/etc/ceph/ceph.conf"), description='write for example "/etc/ceph/ceph.conf"')
     user: Word = Field("admin", description='write the user without "client.", for example "admin"')
     keyring: AbsolutePath | None = Field(None, description='write for example "/etc/ceph/ceph.client.admin.keyring"')
+    snapshots: Literal["each", "together"] = Field("each", description='write "each" or "together"')
 
 
 Storage = ImageStorage | ZfsStorage | RbdStorage

@@ -44,8 +44,9 @@ def build_backend(storage: Storage) -> Backend:
     from transport import checksum
 
     load()  # what is missing is said when the storage is configured, and not when it is first used
-    where = Where(storage.pool, storage.conffile, storage.user, storage.keyring)
-    return RbdBackend(storage.name, where, namespace=storage.namespace, checksums=checksum)
+    where = Where(storage.pool, storage.conffile, storage.user, storage.keyring, storage.data_pool)
+    grouped = storage.snapshots == "together"
+    return RbdBackend(storage.name, where, namespace=storage.namespace, checksums=checksum, grouped=grouped)
 
 
 def build_backends(storages: Mapping[str, Storage]) -> dict[str, Backend]:

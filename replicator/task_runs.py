@@ -84,6 +84,7 @@ class TaskRuns:
             observer=self._observer(task, listen),
             cancel=cancel,
             volumes=listing.volumes,
+            arrived=lambda version: self._reporter.arrived(task.key, version),
         )
         newest: Version | None = None
         protect: frozenset[str] = frozenset()

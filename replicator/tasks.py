@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from replicator.endpoint import Endpoint
-from replicator.errors import NoSuchVolume, UsageError
+from replicator.errors import NoSuchVolume, ReplicatorError, UsageError
 from replicator.model import VolumeId, VolumeInfo, hold_tag, replica_volume
 from replicator.origins import origins_of
 from replicator.planning import SendPolicy
 from replicator.replication import Limits, Options, Pacer, Pair
 from replicator.reporting import Reporter
-from replicator.selection import included_storages, select
+from replicator.selection import covers, included_storages, select
 from replicator.setting_types import Target
 from replicator.settings import Job
 from replicator.tracker import ReplicaKey
@@ -98,6 +98,18 @@ class Tasks:
         if volume is None and target is None:
             self._reporter.replicated(job.name, frozenset(task.key for task in tasks))
         return tasks
+
+    def copies(self, job: Job, volume: str) -> tuple[tuple[Endpoint, VolumeId], ...]:
+        """Where a job has a volume of that name: its source, then its targets. Nobody is asked: they need not be there,
+        and it is for when they are not that replicas are made."""
+        try:
+            source = VolumeId.parse(volume.removeprefix(f"{job.source.node}/"))
+        except ReplicatorError:
+            return ()
+        if source.storage not in job.source.storages or not covers(job.source.volumes, source.storage, source.name):
+            return ()
+        pairs = [self._task(job, source, target).pair for target in job.targets]
+        return ((pairs[0].source, source), *((pair.target, pair.target_volume) for pair in pairs)) if pairs else ()
 
     def _selected(self, job: Job) -> list[VolumeInfo]:
         source = self._network.endpoint(job.source.node)

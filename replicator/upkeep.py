@@ -12,6 +12,7 @@ from replicator import leftovers, logs
 from replicator.assembly import Node
 from replicator.cancellation import Cancellation
 from replicator.errors import IdentityError, ReplicatorError
+from replicator.export_holds import FOLDER, ExportHolds
 from transport.identity import Identity
 from transport.server import Server
 
@@ -84,6 +85,7 @@ class Upkeep:
         leftovers.release_at_peers(node.config, node.network)
         leftovers.release_idle(node.config, node.runner.tasks, node.runner.turns, self._cancel)
         leftovers.release_restores(node.config, node.network, node.runner.tasks, node.engine.restores)
+        ExportHolds(node.local, node.config.node.state_dir / FOLDER).release_abandoned()
 
     def _probe(self, identity: Identity) -> None:
         came = False

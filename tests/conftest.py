@@ -90,6 +90,13 @@ def ceph() -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.fixture(scope="session")
+def other_ceph() -> Iterator[Cluster]:
+    """Another one, for those that replicate between two."""
+    with Cluster.up(f"other-{os.getpid()}") as cluster:
+        yield cluster
+
+
 def mounted(folder: Path, *mkfs: str, size: int) -> Iterator[Path]:
     """Make a file system in a sparse file below ``folder`` and mount it until the iterator is resumed."""
     image, mount = folder / "fs.img", folder / "mnt"
@@ -133,3 +140,11 @@ def small_ext4_dir(tmp_path: Path) -> Iterator[Path]:
 def small_xfs_dir(tmp_path: Path) -> Iterator[Path]:
     """An XFS with reflink of 320 MiB (the smallest there is is 300), to be filled up."""
     yield from mounted(tmp_path / "small-xfs", "mkfs.xfs", "-q", "-m", "reflink=1", size=320 << 20)
+
+
+@pytest.fixture(scope="session")
+def ceph_sites() -> Iterator[dict[str, Cluster]]:
+    """Two clusters for tests of replication from one to the other, and of what happens to either: ``source`` and
+    ``target``, with the pool ``rbd`` each."""
+    with Cluster.up(f"source-{os.getpid()}") as source, Cluster.up(f"target-{os.getpid()}") as target:
+        yield {"source": source, "target": target}

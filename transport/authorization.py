@@ -72,6 +72,8 @@ class Authority:
             case messages.Clone() | messages.Rename():
                 self._require_write(request, request.volume)
                 self._require_write(request, request.new)
+            case messages.Remove():
+                self._require_write(request, request.request.volume)
             case messages.EnsurePrimary():
                 pulled = request.volume.storage in self.rights.may_pull_from
                 self._require(pulled, request, f"volume {request.volume}", "may_pull_from")

@@ -29,6 +29,7 @@ from replicator.endpoint import (
     PruneRequest,
     Range,
     ReceiveRequest,
+    RemoveRequest,
     ScrubRequest,
     SendRequest,
     SnapshotRequest,
@@ -227,6 +228,13 @@ class Prune:
 
 
 @dataclass(frozen=True, slots=True)
+class Remove:
+    """:meth:`Endpoint.remove`"""
+
+    request: RemoveRequest
+
+
+@dataclass(frozen=True, slots=True)
 class Clone:
     """:meth:`Endpoint.clone`"""
 
@@ -361,6 +369,7 @@ Request = (
     | Rename
     | Properties
     | Prune
+    | Remove
     | Clone
     | GetCrl
     | Renew
@@ -396,6 +405,7 @@ ANSWERS: dict[type[Request], Any] = {
     Rename: None,
     Properties: tuple[Property, ...],
     Prune: tuple[PruneOutcome, ...],
+    Remove: None,
     Clone: VolumeInfo,
     GetCrl: str,
     Renew: str,
@@ -484,7 +494,7 @@ _MAX_TOKEN = 64 * 1024
 _MAX_BLOCK = 16 * 1024 * 1024
 _MAX_CSR = 8192
 _MAX_PROPERTIES = 64
-_PROPERTY = re.compile(r"[a-z0-9][a-z0-9_.:-]{0,255}")
+_PROPERTY = re.compile(r"[a-z0-9][A-Za-z0-9_.:-]{0,255}")
 
 
 def _refuse(what: str) -> ProtocolError:
@@ -624,6 +634,10 @@ def _check_fields(value: object) -> None:  # noqa: PLR0912, PLR0915 - one case a
             names.check_word("job name", value.job)
             _text(value.keep, "retention policy")
             for guid in value.protect:
+                _guid(guid)
+        case RemoveRequest():
+            names.check_word("job name", value.job)
+            for guid in value.versions:
                 _guid(guid)
         case Hold() | Release():
             names.check_tag(value.tag)

@@ -16,6 +16,7 @@ from replicator.endpoint import (
     PruneOutcome,
     PruneRequest,
     ReceiveRequest,
+    RemoveRequest,
     Scrub,
     ScrubRequest,
     SendRequest,
@@ -259,6 +260,10 @@ class RemoteEndpoint:
         """See :class:`~replicator.endpoint.Endpoint`."""
         found: tuple[PruneOutcome, ...] = self._call(messages.Prune(request))
         return found
+
+    def remove(self, request: RemoveRequest) -> None:
+        """See :class:`~replicator.endpoint.Endpoint`."""
+        self._call(messages.Remove(request))
 
     def clone(self, volume: VolumeId, version: VersionRef, new: VolumeId) -> VolumeInfo:
         """See :class:`~replicator.endpoint.Endpoint`."""

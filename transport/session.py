@@ -140,6 +140,8 @@ class Session:
                 return endpoint.prune(prune)
             case messages.Clone(volume, version, new):
                 return endpoint.clone(volume, version, new)
+            case messages.Remove(remove):
+                endpoint.remove(remove)
             case messages.Hold(volume, version, tag):
                 endpoint.hold(volume, version, tag)
             case messages.Release(volume, version, tag):

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 
-from backends.base import OneByOne
+from backends.base import OneByOne, not_removable
 from backends.image import probe, replica, snapshotting, source
 from backends.image.catalog import Catalog
 from backends.image.context import Context
@@ -21,7 +21,7 @@ from replicator import names
 from replicator.cancellation import Cancellation
 from replicator.checksums import Checksums
 from replicator.endpoint import DigestBatch, DigestRequest, ReceiveRequest, SendRequest
-from replicator.errors import NoSuchVolume, ReplicatorError, Unsupported
+from replicator.errors import NoSuchVolume, ReplicatorError, Unsupported, VolumeBusy
 from replicator.model import (
     Capability,
     Lack,
@@ -284,6 +284,26 @@ class ImageBackend(OneByOne):
     def rename(self, volume: str, _new: str) -> None:
         """Not declared, so not asked for."""
         raise Unsupported(f"image {volume} cannot be renamed", hint="rename it by hand while nothing uses it")
+
+    def remove(self, volume: str) -> None:
+        """See :class:`~backends.base.Backend`."""
+        with self._context.errors(f"removing {volume}"):
+            if self.state(volume) is None:
+                return
+            catalog, label = self._context.made_catalog(volume), self._context.label(volume)
+            with catalog.writing("removing it"), catalog.changing("removing it"):
+                state = self._state(volume)
+                if state is None:
+                    return
+                if state.versions or state.lineage is None or state.lineage.role is not Role.REPLICA:
+                    raise not_removable(label, state.lineage)
+                if state.head_changed:
+                    raise VolumeBusy(
+                        f"{label} has an image of its own beside the replica, so the replica is not removed",
+                        hint="move that image away if it is not needed",
+                    )
+                Partial(catalog).discard()
+                catalog.remove()
 
     def properties(self, _volume: str) -> tuple[Property, ...]:
         """None: an image is its bytes."""

@@ -21,8 +21,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from backends.fields import BadRecord
 from backends.image.durable import SNAPSHOT_MODE, Files
-from backends.image.records import BadRecord, Meta, encode_lineage, load_lineage
+from backends.image.records import Meta, encode_lineage, load_lineage
 from replicator import names
 from replicator.errors import DamagedData, InvalidName, NoSuchSnapshot, SnapshotHeld, VolumeBusy
 from replicator.model import Lineage, Version, VersionRef
@@ -37,6 +38,9 @@ LOCK_TIMEOUT = 10.0
 """Seconds to wait for another process's operation on a volume before it is called busy."""
 _POSITION_STEP = 1024
 """Between the positions of two snapshots, so that one kept aside fits in between."""
+
+
+LOCKS = ("lock", "names.lock")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,7 @@ class Catalog:
 
         :raises VolumeBusy: another one writes
         """
-        with self._locked("lock", doing):
+        with self._locked(LOCKS[0], doing):
             with self.changing(doing):
                 self.tidy()
             yield
@@ -114,7 +118,7 @@ class Catalog:
     @contextmanager
     def changing(self, doing: str) -> Iterator[None]:
         """Change the listing. Held for moments only."""
-        with self._locked("names.lock", doing):
+        with self._locked(LOCKS[1], doing):
             yield
 
     def tidy(self) -> None:
@@ -142,6 +146,18 @@ class Catalog:
         if name != aside[0]:
             self.files.replace(path / ASIDE, aside[1].encode_aside(name))
         self._rename_aside(path, name)
+
+    def remove(self) -> None:
+        """Remove all but the locks, which others may wait for. It is no volume any more once the lineage is gone. Only
+        under both locks, of a volume without snapshots and partial state."""
+        lineage = self.folder / "lineage.json"
+        if lineage.exists():
+            self.files.unlink(lineage)
+            self.files.sync_directory(self.folder)
+        for path in _listed(self.folder):
+            if path.name not in LOCKS:
+                self.files.remove_tree(path)
+        self.files.sync_directory(self.folder)
 
     # -- small records
 

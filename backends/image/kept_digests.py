@@ -23,8 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from backends.fields import BadRecord
 from backends.image.durable import Files
-from backends.image.records import BadRecord, Meta
+from backends.image.records import Meta
 from replicator.checksums import Checksums
 from replicator.streams import BLOCK_SIZE, DIGEST_SIZE
 

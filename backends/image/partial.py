@@ -18,8 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from backends.fields import BadRecord
 from backends.image.catalog import IMAGE, Catalog
-from backends.image.records import BadRecord, Pending, encode_progress, load_progress
+from backends.image.records import Pending, encode_progress, load_progress
 from replicator.endpoint import ReceiveMode
 from replicator.model import ResumeState, StreamKind
 

@@ -14,69 +14,28 @@ from __future__ import annotations
 import json
 import uuid
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from replicator import names
+from backends import fields
+from backends.fields import BadRecord
 from replicator.endpoint import ReceiveMode
-from replicator.errors import DamagedData, InvalidName
-from replicator.model import Lineage, Role, Version
+from replicator.errors import DamagedData
+from replicator.model import Lineage, Version
 from replicator.streams import MAX_VOLUME_SIZE
 
-_FORMAT = 1
 _MAX_RECORD = 64 * 1024
-_MAX_GUID = 128
-
-
-class BadRecord(Exception):
-    """A record that cannot be what we wrote; the message says why."""
-
-
-def _parse(data: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(data)
-    except ValueError as error:
-        raise BadRecord(f"not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise BadRecord("not a JSON object")
-    if record.get("format") != _FORMAT:
-        raise BadRecord(f"of format {record.get('format')!r}, this version knows {_FORMAT}")
-    return record
 
 
 def _load(path: Path) -> dict[str, Any]:
     """:raises FileNotFoundError, BadRecord:"""
     with path.open("rb") as file:
-        return _parse(file.read(_MAX_RECORD))
+        return fields.parse(file.read(_MAX_RECORD))
 
 
-def _dump(fields: dict[str, object]) -> bytes:
-    return json.dumps({"format": _FORMAT, **fields}, indent=1).encode() + b"\n"
-
-
-def _text(record: dict[str, Any], field: str, limit: int = 512) -> str:
-    value = record.get(field)
-    if not isinstance(value, str) or not 0 < len(value) <= limit:
-        raise BadRecord(f"{field} is missing or no text")
-    return value
-
-
-def _number(record: dict[str, Any], field: str, limit: int = 2**63) -> int:
-    value = record.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limit:
-        raise BadRecord(f"{field} is missing or out of range")
-    return value
-
-
-def _time(record: dict[str, Any], field: str) -> datetime:
-    try:
-        moment = datetime.fromisoformat(_text(record, field))
-    except ValueError:
-        raise BadRecord(f"{field} is no time") from None
-    if moment.tzinfo is None:
-        raise BadRecord(f"{field} has no time zone")
-    return moment.astimezone(UTC)
+def _dump(record: dict[str, object]) -> bytes:
+    return json.dumps({"format": fields.FORMAT, **record}, indent=1).encode() + b"\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +85,11 @@ class Meta:
         if not isinstance(origin, list) or not all(isinstance(part, int) for part in origin):
             raise BadRecord("origin is no list of numbers")
         return cls(
-            _text(record, "guid", _MAX_GUID),
-            _time(record, "created"),
-            _number(record, "position"),
-            _number(record, "size", MAX_VOLUME_SIZE + 1),
-            _text(record, "image"),
+            fields.guid(record, "guid"),
+            fields.time(record, "created"),
+            fields.number(record, "position"),
+            fields.number(record, "size", MAX_VOLUME_SIZE + 1),
+            fields.text(record, "image"),
             record.get("digests") is True,
             tuple(origin),
         )
@@ -147,10 +106,7 @@ class Meta:
             record = _load(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        try:
-            return names.check_snapshot(_text(record, "name")), cls._from(record)
-        except InvalidName as error:
-            raise BadRecord(str(error)) from None
+        return fields.snapshot_name(record, "name"), cls._from(record)
 
     def version(self, name: str, holds: tuple[str, ...]) -> Version:
         """As a listing shows it."""
@@ -192,13 +148,13 @@ class Pending:
         record = _load(path)
         try:
             return cls(
-                _text(record, "to_guid", _MAX_GUID),
-                names.check_snapshot(_text(record, "to_name")),
-                None if record.get("base_guid") is None else _text(record, "base_guid", _MAX_GUID),
-                _number(record, "size", MAX_VOLUME_SIZE + 1),
-                ReceiveMode(_text(record, "mode")),
+                fields.guid(record, "to_guid"),
+                fields.snapshot_name(record, "to_name"),
+                fields.guid_or_none(record, "base_guid"),
+                fields.number(record, "size", MAX_VOLUME_SIZE + 1),
+                ReceiveMode(fields.text(record, "mode")),
             )
-        except (ValueError, InvalidName) as error:
+        except ValueError as error:
             raise BadRecord(str(error)) from None
 
 
@@ -209,7 +165,7 @@ def encode_progress(offset: int) -> bytes:
 
 def load_progress(path: Path) -> int:
     """:raises FileNotFoundError, BadRecord:"""
-    return _number(_load(path), "offset", MAX_VOLUME_SIZE + 1)
+    return fields.number(_load(path), "offset", MAX_VOLUME_SIZE + 1)
 
 
 def encode_lineage(lineage: Lineage) -> bytes:
@@ -223,11 +179,10 @@ def load_lineage(path: Path) -> Lineage | None:
     :raises DamagedData: it is unreadable. Never taken for "none": that would let a promoted copy be overwritten.
     """
     try:
-        record = _load(path)
-        return Lineage(_text(record, "uuid"), Role(_text(record, "role")), _number(record, "epoch"))
+        return fields.lineage(_load(path))
     except FileNotFoundError:
         return None
-    except (BadRecord, ValueError, InvalidName) as error:
+    except BadRecord as error:
         raise DamagedData(
             f"the record of the volume's role and epoch cannot be read: {path}: {error}",
             hint="`replicator resync` writes it anew on a replica; on a primary, restore the file from a backup",

@@ -19,33 +19,19 @@ from backends.image.reading import Image, snapshot_shrunk
 from backends.image.receiving import ChunkWriter, Target, TouchedBlocks
 from backends.image.records import Meta, Pending
 from backends.image.source import kept_digests
-from replicator import names
+from backends.requests import check_receive
 from replicator.cancellation import Cancellation
 from replicator.endpoint import ReceiveMode, ReceiveRequest
 from replicator.errors import SnapshotExists, StaleResume, Unsupported, UsageError, VolumeBusy
 from replicator.model import DIVERGED_PREFIX, Lineage, Role, StreamKind, Version, VolumeId, VolumeState, format_time
 from replicator.roles import check_may_receive
-from replicator.streams import KEY_SIZE, MAX_VOLUME_SIZE, Stream
+from replicator.streams import Stream
 
 
 def receive(context: Context, request: ReceiveRequest, stream: Stream, cancel: Cancellation) -> Version:
     """See :meth:`replicator.endpoint.Endpoint.receive`."""
     name = request.volume.name
-    names.check_snapshot(request.to.name)
-    if request.aside:
-        names.check_snapshot(request.aside)
-    if request.hold:
-        names.check_tag(request.hold)
-    size = request.to.size
-    if size is None or not 0 <= size <= MAX_VOLUME_SIZE:
-        raise UsageError(f"a block stream for {request.volume} comes without a usable size ({size})", hint="")
-    if request.kind is not StreamKind.BLOCKS or stream.kind is not StreamKind.BLOCKS:
-        raise Unsupported(
-            f"storage {context.storage} takes block streams, not {stream.kind} streams",
-            hint="choose a target storage of the source's kind",
-        )
-    if len(bytes.fromhex(request.key)) != KEY_SIZE:
-        raise UsageError(f"the key of the stream for {request.volume} has not {KEY_SIZE} bytes", hint="")
+    size = check_receive(request, stream, context.storage)
     if context.layout.is_device(name):
         raise Unsupported(
             f"{context.label(name)} is a block device, which the image storage only reads",

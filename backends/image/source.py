@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 
+from backends.fields import BadRecord
 from backends.image import changes
 from backends.image.catalog import Catalog, Snapshot
 from backends.image.context import Context
@@ -20,21 +21,18 @@ from backends.image.extents import data_segments
 from backends.image.kept_digests import DigestWriter, KeptDigests, open_digests
 from backends.image.linux import fiemap
 from backends.image.reading import WINDOW, Image
-from backends.image.records import BadRecord
 from backends.image.sending import ChunkReader
+from backends.requests import check_digests, check_offset, opened_stream, resume_offset
 from replicator.cancellation import Cancellation
 from replicator.endpoint import DigestBatch, DigestRequest, SendRequest
-from replicator.errors import StaleResume, Unsupported, UsageError
-from replicator.model import StreamKind, VersionKind, VersionRef
-from replicator.prefetch import ahead
-from replicator.streams import BLOCK_SIZE, BlockChunk, ChunkStream, Extent, Stream
+from replicator.errors import Unsupported
+from replicator.model import VersionKind, VersionRef
+from replicator.streams import BLOCK_SIZE, BlockChunk, Extent, Stream
 
 _log = logging.getLogger(__name__)
 
 _BATCH_WINDOWS = 16
 _DIGEST_THREADS = 2
-MAX_BLOCK_SIZE = 16 << 20
-MIN_BLOCK_SIZE = 512
 
 
 def kept_digests(
@@ -188,11 +186,10 @@ def estimate(context: Context, volume: str, base: VersionRef | None, to: Version
 
 def open_stream(context: Context, request: SendRequest, cancel: Cancellation) -> Stream:
     """See :meth:`replicator.endpoint.Endpoint.send`."""
-    start = _start(context, request)
+    start = resume_offset(request)
     finder = ChangeFinder(context, request.volume.name, request.base, request.to, cancel)
     try:
-        if start > finder.image.size:
-            raise _stale(context, request, f"it is at byte {start}, beyond the snapshot's end")
+        check_offset(request, start, finder.image.size)
         reader = ChunkReader(finder.image, context.checksums, bytes.fromhex(request.key))
         if request.ranges is not None:
             size: int | None = sum(part.length for part in request.ranges)
@@ -206,37 +203,12 @@ def open_stream(context: Context, request: SendRequest, cancel: Cancellation) ->
         with context.errors(f"reading {finder.image.label}"):
             yield from reader.chunks(finder.extents(request, start))
 
-    def chunks() -> Iterator[BlockChunk]:
-        with ahead(read, cancel) as items:
-            yield from items
-
-    return ChunkStream(StreamKind.BLOCKS, chunks(), estimate=size, on_close=finder.close)
-
-
-def _start(context: Context, request: SendRequest) -> int:
-    resume = request.resume
-    if resume is None:
-        return 0
-    base = request.base.guid if request.base is not None else None
-    if resume.kind is not StreamKind.BLOCKS:
-        raise _stale(context, request, f"it is of a {resume.kind} stream")
-    if resume.to_guid != request.to.guid or resume.base_guid != base:
-        raise _stale(context, request, "it is of another snapshot, or has another base")
-    return resume.offset
-
-
-def _stale(context: Context, request: SendRequest, why: str) -> StaleResume:
-    return StaleResume(
-        f"the half-received {request.to.name} of {context.label(request.volume.name)} cannot be continued: {why}",
-        hint="the next run discards it and sends the snapshot from the start",
-    )
+    return opened_stream(read, cancel, estimate=size, on_close=finder.close)
 
 
 def digest_blocks(context: Context, request: DigestRequest, cancel: Cancellation) -> Iterator[DigestBatch]:
     """See :meth:`replicator.endpoint.Endpoint.digests`."""
-    size = request.block_size
-    if not MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE or request.offset % size or request.offset < 0:
-        raise UsageError(f"digests of {size}-byte blocks from byte {request.offset} cannot be made", hint="")
+    check_digests(request)
     snapshot = context.catalog(request.volume.name).require(request.version)
     return _digest_batches(context, request, snapshot, cancel)
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import errno
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from backends.fields import BadRecord
 from backends.rbd import records
 from backends.rbd.binding import Image
 from backends.rbd.cluster import Session
 from backends.rbd.failures import number
-from backends.rbd.naming import HIDDEN
-from backends.rbd.records import BadRecord, HeadRecord, Identity, Partial, Replaced, SnapshotRecord, Taken
+from backends.rbd.header import Notes
+from backends.rbd.naming import BEFORE, HIDDEN
+from backends.rbd.records import HeadRecord, Identity, Partial, Replaced, SnapshotRecord, Taken
 from replicator import names
 from replicator.errors import DamagedData, InvalidName, NoSuchSnapshot, SnapshotHeld
 from replicator.model import Lineage, Role, Version, VersionRef
@@ -22,7 +24,8 @@ from replicator.model import Lineage, Role, Version, VersionRef
 POSITION_STEP = 1024
 """Between the positions of two snapshots, so that one kept aside fits in between."""
 _NAMESPACE = uuid.UUID("2b1f2a0e-8f0b-5f0e-9c3c-6f9a1d2c7b41")
-_USER_NAMESPACE = 0  # RBD_SNAP_NAMESPACE_TYPE_USER (rbd/librbd.h); others are of groups, trash and mirroring
+# RBD_SNAP_NAMESPACE_TYPE_… (rbd/librbd.h); others are of trash and mirroring.
+_USER_NAMESPACE, _GROUP_NAMESPACE = 0, 1
 MAX_SNAPSHOTS = 100_000
 
 
@@ -30,13 +33,16 @@ MAX_SNAPSHOTS = 100_000
 class RawSnapshot:
     """A snapshot as RBD has it.
 
-    :ivar user: it is one that people (or we) made, and no part of a group, of the trash or of mirroring
+    :ivar user: it is one that people (or we) made, and no part of a group, of the trash or of mirroring: only these
+        have names that RBD's functions take
+    :ivar grouped: it was taken as part of a group
     """
 
     taken: Taken
     name: str
     size: int
     user: bool
+    grouped: bool = False
 
     @property
     def id(self) -> int:
@@ -149,7 +155,13 @@ def read_raw(image: Image, identity: str) -> Iterator[RawSnapshot]:
             str(found["name"]),
             int(found["size"]),
             found["namespace"] == _USER_NAMESPACE,
+            found["namespace"] == _GROUP_NAMESPACE,
         )
+
+
+def read_metadata(image: Image) -> dict[str, str]:
+    """What we keep with an open image."""
+    return {key: value for key, value in image.metadata_list() if key.startswith(records.PREFIX)}
 
 
 def read_catalog(session: Session, image: Image, label: str) -> Catalog:
@@ -160,7 +172,7 @@ def read_catalog(session: Session, image: Image, label: str) -> Catalog:
     """
     identity = image.id()
     raw = tuple(sorted(read_raw(image, identity), key=lambda found: found.id))
-    metadata = {key: value for key, value in image.metadata_list() if key.startswith(records.PREFIX)}
+    metadata = read_metadata(image)
     warnings: list[str] = []
     snapshots = _versions(session, raw, metadata, label, warnings)
     return Catalog(
@@ -208,7 +220,8 @@ def derived_guid(session: Session, taken: Taken) -> str:
     return uuid.uuid5(_NAMESPACE, what).hex
 
 
-def _record(raw: RawSnapshot, metadata: dict[str, str]) -> SnapshotRecord | None:
+def record_of(raw: RawSnapshot, metadata: dict[str, str]) -> SnapshotRecord | None:
+    """What is kept of a snapshot; None where nothing is, or that is not of it."""
     try:
         return SnapshotRecord.load(metadata.get(records.snapshot_key(raw.id), ""), raw.taken)
     except BadRecord:
@@ -220,12 +233,12 @@ def _versions(
 ) -> tuple[Snapshot, ...]:
     found: dict[int, Snapshot] = {}
     for snapshot in raw:
-        if not snapshot.user:
+        if not (snapshot.user or snapshot.grouped):
             continue
-        record = _record(snapshot, metadata)
-        hidden = snapshot.name.startswith(HIDDEN)
+        record = record_of(snapshot, metadata)
+        hidden = snapshot.grouped or snapshot.name.startswith(HIDDEN)
         if hidden and record is None:
-            continue  # of ours, and not complete
+            continue  # of ours and not complete, or of a group of somebody else
         try:
             own = names.check_snapshot(snapshot.name if record is None or not hidden else record.identity.name)
         except InvalidName as error:
@@ -273,31 +286,33 @@ def create_snapshot(image: Image, identity: str, name: str) -> RawSnapshot:
     return made
 
 
-def add_hold(session: Session, image: Image, snapshot: RawSnapshot, tag: str) -> None:
+def add_hold(session: Session, image: Image, notes: Notes, snapshot: RawSnapshot, tag: str) -> None:
     """Hold a snapshot, and have RBD refuse to remove it where the image can (layering)."""
-    image.metadata_set(records.hold_key(snapshot.id, tag), records.encode_mark(snapshot.taken))
+    notes.metadata_set(records.hold_key(snapshot.id, tag), records.encode_mark(snapshot.taken))
+    if not snapshot.user:  # of a group: nothing that takes names can remove it
+        return
     if image.features() & session.binding.rbd.RBD_FEATURE_LAYERING and not image.is_protected_snap(snapshot.name):
         # The note comes first: without it, what we protected would stay protected for ever.
-        image.metadata_set(records.protected_key(snapshot.id), records.encode_mark(snapshot.taken))
+        notes.metadata_set(records.protected_key(snapshot.id), records.encode_mark(snapshot.taken))
         image.protect_snap(snapshot.name)
 
 
-def remove_key(image: Image, key: str) -> None:
+def remove_key(notes: Notes, key: str) -> None:
     """Remove a record, which may be gone."""
     with suppress(KeyError):  # what the binding makes of ENOENT
-        image.metadata_remove(key)
+        notes.metadata_remove(key)
 
 
-def remove_hold(session: Session, image: Image, catalog: Catalog, snapshot: Snapshot, tag: str) -> None:
+def remove_hold(session: Session, image: Image, notes: Notes, catalog: Catalog, snapshot: Snapshot, tag: str) -> None:
     """Take a hold back; with the last one goes our protection."""
     if tag not in snapshot.version.holds:
         return
-    remove_key(image, records.hold_key(snapshot.raw.id, tag))
+    remove_key(notes, records.hold_key(snapshot.raw.id, tag))
     if snapshot.version.holds == (tag,):
-        unprotect(session, image, catalog, snapshot.raw)
+        unprotect(session, image, notes, catalog, snapshot.raw)
 
 
-def unprotect(session: Session, image: Image, catalog: Catalog, snapshot: RawSnapshot) -> None:
+def unprotect(session: Session, image: Image, notes: Notes, catalog: Catalog, snapshot: RawSnapshot) -> None:
     """Take our protection away. What clones of the old format need it stays until they are gone."""
     if not catalog.is_protected_by_us(snapshot):
         return
@@ -308,10 +323,10 @@ def unprotect(session: Session, image: Image, catalog: Catalog, snapshot: RawSna
         if number(error) == errno.EBUSY:
             return
         raise
-    remove_key(image, records.protected_key(snapshot.id))
+    remove_key(notes, records.protected_key(snapshot.id))
 
 
-def destroy(session: Session, image: Image, catalog: Catalog, snapshot: Snapshot) -> None:
+def destroy(session: Session, image: Image, notes: Notes, catalog: Catalog, snapshot: Snapshot) -> None:
     """Remove a snapshot and its records. :raises SnapshotHeld: by us, or by somebody else's protection"""
     label = f"snapshot {snapshot.version.name} of {catalog.label}"
     if snapshot.version.holds:
@@ -319,9 +334,12 @@ def destroy(session: Session, image: Image, catalog: Catalog, snapshot: Snapshot
             f"{label} is held by {', '.join(snapshot.version.holds)}",
             hint="the job that holds it releases it once its target has a newer one",
         )
-    unprotect(session, image, catalog, snapshot.raw)
+    unprotect(session, image, notes, catalog, snapshot.raw)
     try:
-        image.remove_snap(snapshot.raw.name)
+        if snapshot.raw.grouped:
+            image.remove_snap_by_id(snapshot.raw.id)
+        else:
+            image.remove_snap(snapshot.raw.name)
     except session.binding.errors as error:
         if number(error) == errno.EBUSY:
             raise SnapshotHeld(
@@ -330,14 +348,46 @@ def destroy(session: Session, image: Image, catalog: Catalog, snapshot: Snapshot
             ) from None
         if number(error) != errno.ENOENT:
             raise
-    forget(image, catalog, snapshot.raw.id)
+    forget(notes, catalog, snapshot.raw.id)
+    if snapshot.raw.grouped:
+        left = [raw for raw in catalog.raw if raw != snapshot.raw]
+        # Newer ones may be about to be needed: they are made first.
+        remove_named(session, image, [raw for raw in needless(left) if raw.id < snapshot.raw.id])
 
 
-def forget(image: Image, catalog: Catalog, snapshot: int) -> None:
+def remove_named(session: Session, image: Image, snapshots: Iterable[RawSnapshot]) -> None:
+    """Remove snapshots by their names; some may be gone."""
+    for raw in snapshots:
+        try:
+            image.remove_snap(raw.name)
+        except session.binding.errors as error:
+            if number(error) != errno.ENOENT:
+                raise
+
+
+def anchor_of(snapshots: Iterable[RawSnapshot], grouped: RawSnapshot) -> RawSnapshot | None:
+    """The newest snapshot before one of a group that RBD can tell differences from; None: there is none."""
+    named = [raw for raw in snapshots if raw.user and raw.id < grouped.id]
+    return max(named, key=lambda raw: raw.id, default=None)
+
+
+def told_from(snapshots: Iterable[RawSnapshot], base: RawSnapshot) -> tuple[RawSnapshot, ...]:
+    """What must be there for differences from a snapshot to be told: it, and the anchor of one of a group."""
+    anchor = anchor_of(snapshots, base) if base.grouped else None
+    return (base,) if anchor is None else (anchor, base)
+
+
+def needless(snapshots: Sequence[RawSnapshot]) -> list[RawSnapshot]:
+    """Those of ours that were taken before one of a group, and no such one needs (any more)."""
+    anchors = {anchor_of(snapshots, raw) for raw in snapshots if raw.grouped}
+    return [raw for raw in snapshots if raw.user and raw.name.startswith(BEFORE) and raw not in anchors]
+
+
+def forget(notes: Notes, catalog: Catalog, snapshot: int) -> None:
     """Remove the records of a snapshot that is gone."""
     for key in catalog.metadata:
         if records.snapshot_of(key) == snapshot:
-            remove_key(image, key)
+            remove_key(notes, key)
 
 
 # -- putting in order what was interrupted; only under the volume's lock
@@ -346,21 +396,27 @@ def forget(image: Image, catalog: Catalog, snapshot: int) -> None:
 def tidy(session: Session, image: Image, catalog: Catalog) -> None:
     """Finish what is complete, remove what is not, and records of what is gone."""
     versions = {snapshot.raw.id: snapshot for snapshot in catalog.snapshots}
+    needed = {raw for raw in catalog.raw if raw.name.startswith(BEFORE)}.difference(needless(catalog.raw))
     for raw in catalog.raw:
         version = versions.get(raw.id)
         if version is not None and version.record is not None:
             settle(session, image, catalog, version)
-        elif raw.user and raw.name.startswith(HIDDEN) and not _is_marker(catalog, raw):
-            unprotect(session, image, catalog, raw)  # it was held already
+        elif raw.user and raw.name.startswith(HIDDEN) and not _is_marker(catalog, raw) and raw not in needed:
+            unprotect(session, image, image, catalog, raw)  # it was held already
             image.remove_snap(raw.name)
             forget(image, catalog, raw.id)
+    forget_removed(image, catalog)
+
+
+def forget_removed(notes: Notes, catalog: Catalog) -> None:
+    """Remove the records of snapshots that somebody else has removed."""
     # Records of newer ones than were listed may belong to a snapshot that was made since.
     newest = catalog.raw[-1].id if catalog.raw else 0
     known = {raw.id for raw in catalog.raw}
     for key in catalog.metadata:
         snapshot = records.snapshot_of(key)
         if snapshot is not None and snapshot <= newest and snapshot not in known:
-            remove_key(image, key)
+            remove_key(notes, key)
 
 
 def _is_marker(catalog: Catalog, raw: RawSnapshot) -> bool:
@@ -380,13 +436,13 @@ def settle(session: Session, image: Image, catalog: Catalog, snapshot: Snapshot)
     old = next((s for s in catalog.snapshots if replaced is not None and s.raw.id == replaced.snapshot), None)
     if replaced is not None and old is not None:
         identity = Identity(replaced.guid, replaced.name, old.version.created, replaced.position)
-        if old.raw.name == record.identity.name or old.raw.name.startswith(HIDDEN):
+        if old.raw.user and (old.raw.name == record.identity.name or old.raw.name.startswith(HIDDEN)):
             image.rename_snap(old.raw.name, replaced.name)
         renamed = replace(old.raw, name=replaced.name)
         image.metadata_set(records.snapshot_key(old.raw.id), SnapshotRecord(identity).encode(old.raw.taken))
         for tag in records.holds_in(catalog.metadata, old.raw.taken):
             remove_key(image, records.hold_key(old.raw.id, tag))
-        unprotect(session, image, catalog, renamed)
+        unprotect(session, image, image, catalog, renamed)
     if snapshot.raw.name.startswith(HIDDEN):
         image.rename_snap(snapshot.raw.name, record.identity.name)
     if replaced is not None:

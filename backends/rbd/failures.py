@@ -17,12 +17,25 @@ from replicator.errors import (
 
 LOST = frozenset({errno.ESHUTDOWN, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET})
 """Errors after which a connection is not used again."""
+DENIED = frozenset({errno.EPERM, errno.EACCES})
+"""Errors of a user who may not do that. A connection keeps the capabilities that its user had when it was made, for up
+to an hour: so it is not used again either, and the next one has new ones."""
 
 
 def number(error: BaseException) -> int:
     """The errno of an error of the binding, 0 where it has none."""
     found = getattr(error, "errno", None)
     return abs(found) if isinstance(found, int) else 0
+
+
+def why(code: int) -> str:
+    """What an errno of an operation means, in words."""
+    meanings = {
+        errno.ESHUTDOWN: "Ceph has blocklisted this connection",
+        errno.ETIMEDOUT: "the OSDs did not answer in time",
+        errno.EPERM: "the cephx user may not do that",
+    }
+    return meanings.get(code) or os.strerror(code)
 
 
 def translate(error: Exception, storage: str, cluster: str, doing: str) -> StorageError:
@@ -49,7 +62,7 @@ def translate(error: Exception, storage: str, cluster: str, doing: str) -> Stora
             hint="see `ceph df` and `ceph osd pool get-quota`; make room, keep fewer snapshots (keep = …) or add OSDs; "
             "what was received so far is kept",
         )
-    if code in (errno.EPERM, errno.EACCES):
+    if code in DENIED:
         return StorageError(
             f"{said}: the cephx user may not do that",
             hint="give it `mon 'profile rbd' osd 'profile rbd pool=POOL'` with `ceph auth caps`; see Ceph RBD in the "
@@ -75,7 +88,7 @@ def not_connected(error: Exception, storage: str, cluster: str, conffile: str, k
     """The StorageError for a connection that could not be made."""
     code = number(error)
     said = f"storage {storage} ({cluster}) cannot be reached: {str(error) or type(error).__name__}"
-    if code in (errno.EPERM, errno.EACCES):
+    if code in DENIED:
         return StorageError(
             f"{said}: the cluster refuses the user's key",
             hint=f"compare it with `ceph auth get`; it is read from {keyring}",

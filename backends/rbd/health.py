@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from backends.rbd.binding import Image
 from backends.rbd.cluster import Session, Where
-from backends.rbd.failures import number
+from backends.rbd.failures import DENIED, number
 from backends.rbd.locks import lock_object
 from replicator.model import Capability, Lack
 
@@ -90,14 +90,40 @@ def image_warnings(session: Session, image: Image, label: str) -> list[str]:
     return []
 
 
+def group_warnings(session: Session, image: Image, label: str) -> list[str]:
+    """What keeps the snapshots of an image from being of one instant with those of others."""
+    if not image.features() & session.binding.rbd.RBD_FEATURE_EXCLUSIVE_LOCK:
+        return [
+            f"{label} has no exclusive lock, so its snapshots are not of one instant with those of other images: "
+            "`rbd feature enable IMAGE exclusive-lock`"
+        ]
+    return []
+
+
+def no_groups(session: Session, namespace: str) -> str:
+    """Why there can be no snapshots through groups; "" where there can."""
+    if not session.binding.has_groups:
+        return "the bindings of Ceph that are installed know no groups"
+    with session.ioctx(namespace) as ioctx:
+        try:
+            session.pool.group_list(ioctx)
+        except session.binding.errors as error:
+            if number(error) not in {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL} | DENIED:
+                raise
+            session.lost = session.lost or number(error) in DENIED
+            return f"the cluster refuses groups ({error})"
+    return ""
+
+
 def lacking(session: Session, where: Where, namespace: str, uses: Capability) -> tuple[Lack, ...]:
-    """What the cephx user may not do, found by trying what leaves nothing behind."""
+    """What the cephx user may not do, found by trying what leaves nothing behind. Once he may, a new connection may."""
     with session.ioctx(namespace) as ioctx:
         probe = lock_object(f"probe.{uuid.uuid4().hex}")
         try:
             session.pool.list(ioctx)
         except session.binding.errors as error:
-            if number(error) in (errno.EPERM, errno.EACCES):
+            if number(error) in DENIED:
+                session.lost = True
                 return (
                     Lack(f"client.{where.user} may not list the images of pool {where.pool}", _grant(where, "rbd")),
                 )
@@ -106,8 +132,9 @@ def lacking(session: Session, where: Where, namespace: str, uses: Capability) ->
             ioctx.lock_exclusive(probe, "replicator", "probe", "", 10)
             ioctx.remove_object(probe)
         except session.binding.errors as error:
-            if number(error) not in (errno.EPERM, errno.EACCES):
+            if number(error) not in DENIED:
                 raise
+            session.lost = True
             what = "take replicas" if Capability.RECEIVE in uses else "take and hold snapshots"
             return (
                 Lack(f"client.{where.user} may only read pool {where.pool}, so it cannot {what}", _grant(where, "rbd")),

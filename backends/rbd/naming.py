@@ -21,6 +21,8 @@ from replicator.errors import InvalidName
 
 HIDDEN = ".replicator-"
 """Images and snapshots whose names begin so are ours, and no volumes or versions."""
+BEFORE = f"{HIDDEN}before-"
+"""Of the snapshots that precede one in a group; see :mod:`backends.rbd.together`."""
 _NEW, _RESTORE = f"{HIDDEN}new-", f"{HIDDEN}restore-"
 
 _SPECIAL = re.compile("[/@%]")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import queue
 import time
 from collections import deque
@@ -12,8 +11,9 @@ from dataclasses import dataclass, field
 
 from backends.rbd.binding import Completion, Image
 from backends.rbd.cluster import OSD_SECONDS
+from backends.rbd.failures import DENIED, why
 from replicator.cancellation import Cancellation
-from replicator.errors import DamagedData, StorageUnavailable
+from replicator.errors import DamagedData, StorageError, StorageUnavailable
 from replicator.streams import Extent
 
 DEPTH = 16
@@ -22,6 +22,9 @@ MAX_BYTES = 32 << 20
 """Bytes that are being read or wait for their turn, at most."""
 DEADLINE = 2.0 * OSD_SECONDS
 """Seconds without any read coming back: librados should have ended each long before."""
+NO_CACHE = 0x40
+"""LIBRADOS_OP_FLAG_FADVISE_NOCACHE (rados/librados.h): what is read once does not take the place of what guests read
+again and again in the memory of the OSDs."""
 _POLL = 0.5
 _TEMPORARY = frozenset({errno.EINTR, errno.EAGAIN, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.ECANCELED})
 
@@ -111,7 +114,7 @@ class Reader:
         extent = batch.extents[index]
         # In librbd's own thread, where an exception would be swallowed: so nothing but this is done there.
         self._image.aio_read(
-            extent.offset, extent.length, lambda completion, data: put((batch, index, completion, data))
+            extent.offset, extent.length, lambda completion, data: put((batch, index, completion, data)), NO_CACHE
         )
 
     def _next(self, answers: queue.SimpleQueue[_Answer]) -> _Answer:
@@ -131,13 +134,18 @@ class Reader:
         extent = batch.extents[index]
         status = completion.get_return_value()
         if status < 0 or data is None or len(data) != extent.length:
-            why = os.strerror(-status) if status < 0 else f"{0 if data is None else len(data)} of {extent.length} bytes"
+            reason = why(-status) if status < 0 else f"{0 if data is None else len(data)} of {extent.length} bytes"
             if status < 0 and -status in _TEMPORARY:
                 raise StorageUnavailable(
-                    f"{self._label}: reading failed: {why}", hint="see `ceph -s`; it is tried again"
+                    f"{self._label}: reading failed: {reason}", hint="see `ceph -s`; it is tried again"
+                )
+            if -status in DENIED:
+                raise StorageError(
+                    f"{self._label} cannot be read: {reason}",
+                    hint="`replicator check` says which capabilities it lacks; see Ceph RBD in the README",
                 )
             raise DamagedData(
-                f"{self._label} cannot be read at byte {extent.offset}: {why}",
+                f"{self._label} cannot be read at byte {extent.offset}: {reason}",
                 hint="see `ceph health detail`; a replica elsewhere can replace it",
             )
         batch.parts[index] = data

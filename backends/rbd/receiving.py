@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from backends.blocks import ChunkChecker
 from backends.chunks import batches, runs
 from backends.rbd.binding import Image
-from backends.rbd.catalog import Catalog, RawSnapshot
+from backends.rbd.catalog import Catalog, RawSnapshot, told_from
 from backends.rbd.changes import find_changes
 from backends.rbd.cluster import Session
 from backends.rbd.context import Context
 from backends.rbd.naming import Place
+from backends.rbd.presence import require_still_there
 from backends.rbd.reading import Reader
 from backends.rbd.writing import Writer
 from replicator.cancellation import Cancellation
 from replicator.endpoint import ReceiveRequest
 from replicator.streams import Chunk, Extent, Stream
+
+if TYPE_CHECKING:
+    from backends.rbd.target import Target
 
 CHECKPOINT_BYTES = 64 << 20
 CHECKPOINT_SECONDS = 2.0
@@ -26,10 +31,9 @@ CHECKPOINT_SECONDS = 2.0
 
 def apply_stream(
     context: Context,
-    image: Image,
+    target: Target,
     request: ReceiveRequest,
     stream: Stream,
-    work: Cancellation,
     *,
     start: int,
     empty: bool,
@@ -49,8 +53,8 @@ def apply_stream(
         key=bytes.fromhex(request.key),
         checksums=context.checksums,
     )
-    writer = Writer(image, label, start, work)
-    with writer.draining():
+    work = target.work
+    with target.objects() as objects, Writer(target.image, label, start, work, objects).draining() as writer:
         try:
             points = _Checkpoints(writer, start, reached)
             for chunk in stream:
@@ -115,6 +119,8 @@ def copy_back(
 
     What was written since is read from the snapshot and written again: so what did not change is neither read nor
     written, and an interrupted one is simply done again.
+
+    :raises NoSuchSnapshot: it was removed meanwhile, so what the head is now nobody knows
     """
     with session.image(place) as looking, session.image(place) as old:
         diff = find_changes(session, looking, catalog.raw, base, None)
@@ -128,6 +134,7 @@ def copy_back(
                 for extent, data in zip(extents, parts, strict=True):
                     _write_back(writer, extent, data)
             writer.finish()
+    require_still_there(session, place, catalog.image, told_from(catalog.raw, base), catalog.label)
 
 
 def _write_back(writer: Writer, extent: Extent, data: bytes) -> None:

@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from backends import fields
+from backends.fields import BadRecord
 from replicator import names
 from replicator.endpoint import ReceiveMode
 from replicator.errors import InvalidName
-from replicator.model import Lineage, ResumeState, Role, StreamKind
+from replicator.model import Lineage, ResumeState, StreamKind
 from replicator.streams import MAX_VOLUME_SIZE
 
 PREFIX = "replicator."
@@ -35,13 +37,7 @@ HEAD = f"{PREFIX}head"
 RESTORED = f"{PREFIX}restored"
 _SNAPSHOT, _HOLD, _PROTECTED = f"{PREFIX}snapshot.", f"{PREFIX}hold.", f"{PREFIX}protected."
 
-_FORMAT = 1
 _MAX_RECORD = 16 * 1024
-MAX_GUID = 128
-
-
-class BadRecord(Exception):
-    """A record that cannot be what we wrote, or is of another image; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,57 +95,18 @@ def holds_in(metadata: dict[str, str], taken: Taken) -> tuple[str, ...]:
 # -- encoding
 
 
-def _dump(fields: dict[str, object]) -> str:
-    return json.dumps({"format": _FORMAT, **fields}, separators=(",", ":"))
+def _dump(record: dict[str, object]) -> str:
+    return json.dumps({"format": fields.FORMAT, **record}, separators=(",", ":"))
 
 
 def _parse(text: str) -> dict[str, Any]:
     if len(text) > _MAX_RECORD:
         raise BadRecord("too long")
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(f"not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise BadRecord("not a JSON object")
-    if record.get("format") != _FORMAT:
-        raise BadRecord(f"of format {record.get('format')!r}, this version knows {_FORMAT}")
-    return record
-
-
-def _text(record: dict[str, Any], field: str, limit: int = 512) -> str:
-    value = record.get(field)
-    if not isinstance(value, str) or not 0 < len(value) <= limit:
-        raise BadRecord(f"{field} is missing or no text")
-    return value
-
-
-def _number(record: dict[str, Any], field: str, limit: int = 2**63) -> int:
-    value = record.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limit:
-        raise BadRecord(f"{field} is missing or out of range")
-    return value
-
-
-def _time(record: dict[str, Any], field: str) -> datetime:
-    try:
-        moment = datetime.fromisoformat(_text(record, field))
-    except ValueError:
-        raise BadRecord(f"{field} is no time") from None
-    if moment.tzinfo is None:
-        raise BadRecord(f"{field} has no time zone")
-    return moment.astimezone(UTC)
-
-
-def _snapshot_name(record: dict[str, Any], field: str) -> str:
-    try:
-        return names.check_snapshot(_text(record, field))
-    except InvalidName as error:
-        raise BadRecord(str(error)) from None
+    return fields.parse(text)
 
 
 def _check_image(record: dict[str, Any], image: str) -> None:
-    if _text(record, "image") != image:
+    if fields.text(record, "image") != image:
         raise BadRecord("of another image, which this one was copied from")
 
 
@@ -159,7 +116,7 @@ def _of(taken: Taken) -> dict[str, object]:
 
 def _check_taken(record: dict[str, Any], taken: Taken) -> None:
     _check_image(record, taken.image)
-    if _time(record, "taken") != taken.time:
+    if fields.time(record, "taken") != taken.time:
         raise BadRecord("of another snapshot")
 
 
@@ -230,10 +187,10 @@ class SnapshotRecord:
         record = _parse(text)
         _check_taken(record, taken)
         identity = Identity(
-            _text(record, "guid", MAX_GUID),
-            _snapshot_name(record, "name"),
-            _time(record, "created"),
-            _number(record, "position"),
+            fields.guid(record, "guid"),
+            fields.snapshot_name(record, "name"),
+            fields.time(record, "created"),
+            fields.number(record, "position"),
         )
         old = record.get("replaces")
         if old is None:
@@ -241,10 +198,10 @@ class SnapshotRecord:
         if not isinstance(old, dict):
             raise BadRecord("replaces is no object")
         replaces = Replaced(
-            _number(old, "snapshot"),
-            _text(old, "guid", MAX_GUID),
-            _snapshot_name(old, "name"),
-            _number(old, "position"),
+            fields.number(old, "snapshot"),
+            fields.guid(old, "guid"),
+            fields.snapshot_name(old, "name"),
+            fields.number(old, "position"),
         )
         return cls(identity, replaces)
 
@@ -286,8 +243,8 @@ class Partial:
 
     def encode(self, image: str) -> str:
         """As it is kept."""
-        fields: dict[str, object] = asdict(self)
-        return _dump({"image": image, **fields})
+        record: dict[str, object] = asdict(self)
+        return _dump({"image": image, **record})
 
     @classmethod
     def load(cls, text: str, image: str) -> Partial:
@@ -296,13 +253,13 @@ class Partial:
         _check_image(record, image)
         try:
             return cls(
-                _text(record, "to_guid", MAX_GUID),
-                _snapshot_name(record, "to_name"),
-                None if record.get("base_guid") is None else _text(record, "base_guid", MAX_GUID),
-                _number(record, "size", MAX_VOLUME_SIZE + 1),
-                ReceiveMode(_text(record, "mode")),
-                Stage(_text(record, "stage")),
-                _number(record, "offset", MAX_VOLUME_SIZE + 1),
+                fields.guid(record, "to_guid"),
+                fields.snapshot_name(record, "to_name"),
+                fields.guid_or_none(record, "base_guid"),
+                fields.number(record, "size", MAX_VOLUME_SIZE + 1),
+                ReceiveMode(fields.text(record, "mode")),
+                Stage(fields.text(record, "stage")),
+                fields.number(record, "offset", MAX_VOLUME_SIZE + 1),
             )
         except ValueError as error:
             raise BadRecord(str(error)) from None
@@ -338,9 +295,9 @@ class HeadRecord:
         record = _parse(text)
         _check_image(record, image)
         guid = record.get("guid")
-        if not isinstance(guid, str) or len(guid) > MAX_GUID:
+        if not isinstance(guid, str) or len(guid) > fields.MAX_GUID:
             raise BadRecord("guid is missing")
-        return cls(Taken(image, _number(record, "snapshot"), _time(record, "taken")), guid)
+        return cls(Taken(image, fields.number(record, "snapshot"), fields.time(record, "taken")), guid)
 
 
 # -- lineage
@@ -354,9 +311,6 @@ def encode_lineage(lineage: Lineage, image: str) -> str:
 def load_lineage(text: str, image: str) -> Lineage | None:
     """None where the image was copied from the one that this is of. :raises BadRecord: it is damaged"""
     record = _parse(text)
-    if _text(record, "image") != image:
+    if fields.text(record, "image") != image:
         return None
-    try:
-        return Lineage(_text(record, "uuid"), Role(_text(record, "role")), _number(record, "epoch"))
-    except (ValueError, InvalidName) as error:
-        raise BadRecord(str(error)) from None
+    return fields.lineage(record)

@@ -1,19 +1,23 @@
-"""Writing into an image's head: many writes under way at a time, and how far all of them are durable."""
+"""Writing into an image's head: many writes under way at a time, and how far all of them are durable.
+
+Small pieces that follow each other within one object are written together, where ``objects.py`` says that they can be.
+"""
 
 from __future__ import annotations
 
 import errno
-import os
 import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 from backends.rbd.binding import Completion, Image
 from backends.rbd.cluster import OSD_SECONDS
-from backends.rbd.failures import LOST
+from backends.rbd.failures import LOST, why
+from backends.rbd.objects import Objects
 from replicator.cancellation import Cancellation
 from replicator.errors import NoSpace, ReplicatorError, StorageError, StorageUnavailable, VolumeBusy
 from replicator.streams import Buffer
@@ -26,9 +30,19 @@ DEADLINE = 2.0 * OSD_SECONDS
 """Seconds without any write coming back: librados should have ended each long before."""
 ZEROES = 64 << 20
 """Bytes of zeros in one request: each object in it is an operation."""
+SMALL = 64 << 10
+"""Bytes of a piece that may be written together with others, at most: the bytes are what a larger one costs."""
+TOGETHER = 64
+"""Pieces in one operation, at most."""
+_FEWEST = 3
+"""Pieces that are worth it: the first of them is an operation of its own in any case."""
 _POLL = 0.5
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _TAKEN = frozenset({errno.EROFS, errno.EBUSY})
+
+
+_Done = Callable[[Completion], None]
+_Begin = Callable[[_Done], object]
 
 
 @dataclass(slots=True, eq=False)
@@ -37,11 +51,13 @@ class _Write:
 
     :ivar reaches: once it and all before it are done, everything below this offset is written; None: says nothing
     :ivar flush: what it reaches is durable then
+    :ivar rest: begun once this has come back; the request is done when that has
     """
 
     length: int
     reaches: int | None
     flush: bool = False
+    rest: _Begin | None = None
     completion: Completion | None = None
 
 
@@ -51,13 +67,18 @@ class Writer:
     :ivar durable: everything below this offset was written and flushed
     :param label: as people write it
     :param start: the offset that it begins at
+    :param objects: of the image, where they may be written to
     """
 
-    def __init__(self, image: Image, label: str, start: int, cancel: Cancellation) -> None:
+    def __init__(
+        self, image: Image, label: str, start: int, cancel: Cancellation, objects: Objects | None = None
+    ) -> None:
         self.durable = start
         self._image = image
         self._label = label
         self._cancel = cancel
+        self._objects = objects
+        self._together: list[tuple[int, bytes]] = []
         self._window: deque[_Write] = deque()
         self._answers: queue.SimpleQueue[tuple[_Write, Completion]] = queue.SimpleQueue()
         self._flying = 0
@@ -68,10 +89,38 @@ class Writer:
     def write(self, offset: int, data: Buffer) -> None:
         """Begin a write. :raises StorageError: an earlier one failed"""
         made = bytes(data)  # what librbd's binding takes
-        self._start(_Write(len(made), offset + len(made)), lambda done: self._image.aio_write(made, offset, done))
+        if self._objects is None or len(made) > SMALL or self._objects.crosses(offset, len(made)):
+            self._write_together()
+            self._write_one(offset, made)
+            return
+        pieces = self._together
+        if pieces and (len(pieces) == TOGETHER or self._objects.number(pieces[0][0]) != self._objects.number(offset)):
+            self._write_together()
+        self._together.append((offset, made))
+
+    def _write_one(self, offset: int, data: bytes) -> None:
+        self._start(_Write(len(data), offset + len(data)), self._writing(offset, data))
+
+    def _writing(self, offset: int, data: bytes) -> _Begin:
+        return lambda done: self._image.aio_write(data, offset, done)
+
+    def _write_together(self) -> None:
+        """Begin to write what was kept for it: the first piece by librbd, then all others of its object."""
+        pieces, self._together = self._together, []
+        objects = self._objects
+        if objects is None or len(pieces) < _FEWEST:
+            for offset, data in pieces:
+                self._write_one(offset, data)
+            return
+        (first, data), others = pieces[0], pieces[1:]
+        last, end = others[-1]
+        request = _Write(sum(len(piece) for _, piece in pieces), last + len(end))
+        request.rest = lambda done: objects.write(objects.number(first), others, done)
+        self._start(request, self._writing(first, data))
 
     def zero(self, offset: int, length: int) -> None:
         """Begin to make zeros. Never a discard: of parts of objects that leaves data where it is."""
+        self._write_together()
         end = offset + length
         while offset < end:
             # Whole pieces of the image: what is zeroed whole is removed, and not written.
@@ -81,6 +130,7 @@ class Writer:
 
     def flush(self) -> None:
         """Begin to make durable what was begun before."""
+        self._write_together()
         self._start(_Write(0, None, flush=True), self._image.aio_flush)
 
     def finish(self) -> None:
@@ -101,23 +151,26 @@ class Writer:
             self._drain()
 
     @contextmanager
-    def draining(self) -> Iterator[None]:
+    def draining(self) -> Iterator[Self]:
         """An image may not be closed under its writes: whatever happens in the block, none is under way after it."""
         try:
-            yield
+            yield self
         finally:
             self._drain()
 
-    def _start(self, request: _Write, begin: Callable[[Callable[[Completion], None]], Completion]) -> None:
+    def _start(self, request: _Write, begin: _Begin) -> None:
         while self._window and (self._flying >= DEPTH or self._bytes + request.length > MAX_BYTES):
             self._collect()
-        put = self._answers.put
-        # In librbd's own thread, where an exception would be swallowed: so nothing but this is done there.
-        begin(lambda completion: put((request, completion)))
+        self._begin(request, begin)
         self._window.append(request)
         self._flying += 1
         self._bytes += request.length
         self._settle()
+
+    def _begin(self, request: _Write, begin: _Begin) -> None:
+        put = self._answers.put
+        # In librbd's own thread, where an exception would be swallowed: so nothing but this is done there.
+        begin(lambda completion: put((request, completion)))
 
     def _collect(self) -> None:
         """Wait for one to come back. :raises StorageError: it failed"""
@@ -139,11 +192,21 @@ class Writer:
     def _take(self, request: _Write, completion: Completion) -> None:
         self._flying -= 1
         self._bytes -= request.length
-        request.completion = completion
         status = completion.get_return_value()
         if status < 0:
             self._failed = True
             raise _failure(self._label, -status)
+        rest, request.rest = request.rest, None
+        if rest is None:
+            request.completion = completion
+            return
+        try:
+            self._begin(request, rest)
+        except BaseException:
+            self._failed = True
+            raise
+        self._flying += 1
+        self._bytes += request.length
 
     def _settle(self) -> None:
         while self._window and self._window[0].completion is not None:
@@ -163,21 +226,21 @@ class Writer:
             self._flying -= 1
 
 
-def _zeroing(image: Image, offset: int, length: int) -> Callable[[Callable[[Completion], None]], Completion]:
+def _zeroing(image: Image, offset: int, length: int) -> _Begin:
     return lambda done: image.aio_write_zeroes(offset, length, done)
 
 
 def _failure(label: str, code: int) -> ReplicatorError:
-    why = os.strerror(code)
+    reason = why(code)
     if code in _FULL:
         return NoSpace(
-            f"{label}: writing failed: the cluster is full, or the pool's quota is reached ({why})",
+            f"{label}: writing failed: the cluster is full, or the pool's quota is reached ({reason})",
             hint="see `ceph df`; what was received so far is kept",
         )
     if code in LOST:
-        return StorageUnavailable(f"{label}: writing failed: {why}", hint="see `ceph -s`; it is tried again")
+        return StorageUnavailable(f"{label}: writing failed: {reason}", hint="see `ceph -s`; it is tried again")
     if code in _TAKEN:
         return VolumeBusy(
-            f"{label}: writing failed: another client took the image's lock ({why})", hint="`rbd status` shows who"
+            f"{label}: writing failed: another client took the image's lock ({reason})", hint="`rbd status` shows who"
         )
-    return StorageError(f"{label}: writing failed: {why}", hint="see `ceph -s` and `rbd info` of the image")
+    return StorageError(f"{label}: writing failed: {reason}", hint="see `ceph -s` and `rbd info` of the image")

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from backends.base import Backend, OneByOne
+from backends.base import Backend, OneByOne, not_removable
 from backends.zfs import (
     aside,
     clones,
@@ -384,6 +384,16 @@ class ZfsBackend(OneByOne):
     def rename(self, volume: str, new: str) -> None:
         """See :class:`~backends.base.Backend`."""
         renaming.rename(self._context, volume, new)
+
+    def remove(self, volume: str) -> None:
+        """See :class:`~backends.base.Backend`. Without ``-r``: ZFS refuses where there is anything below it."""
+        found = aside.look(self._context, volume)
+        if found is None or found.is_placeholder:
+            return
+        if found.snapshots or found.lineage is None or found.lineage.role is not Role.REPLICA:
+            raise not_removable(self._context.names.label(volume), found.lineage)
+        replica.abort(self._context, found)
+        self._context.change_if_there("zfs", "destroy", found.name, dataset=found.name, doing="removing the replica")
 
     def properties(self, volume: str) -> tuple[Property, ...]:
         """See :class:`~backends.base.Backend`."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from replicator.cli.main import App
     from replicator.config import Config
     from replicator.control import Control
+    from replicator.local import LocalEndpoint
 
 
 def load_config(app: App) -> Config:
@@ -44,3 +45,19 @@ def open_control(app: App, *, tell: bool = False) -> Iterator[Control]:
         note("no daemon runs here: working alone")
     with open_engine(config) as engine:
         yield engine
+
+
+@contextmanager
+def open_local(config: Config) -> Iterator[LocalEndpoint]:
+    """The storages of this node, in this process, whether or not a daemon runs: storages keep two processes apart.
+
+    :raises MissingBinding, Unsupported: a storage of the configuration cannot be used here
+    """
+    from replicator.local import LocalEndpoint
+    from replicator.storages import build_backends
+
+    endpoint = LocalEndpoint(config.node.name, build_backends(config.storages))
+    try:
+        yield endpoint
+    finally:
+        endpoint.close()

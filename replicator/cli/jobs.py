@@ -11,27 +11,34 @@ from replicator.cli.main import App, Verb
 from replicator.cli.output import DONE, FAILED, consent, console, json_option, print_json, safe, say, yes_option
 
 if TYPE_CHECKING:
-    from replicator.control import PruneReport
+    from replicator.control import OrphanReport, PruneReport
 
 
 @click.command(cls=Verb)
 @click.argument("job")
+@click.option("--orphans", is_flag=True, help="Remove the replicas whose sources are gone, and nothing else.")
 @click.option("--dry-run", is_flag=True, help="Only show what would be destroyed, and why.")
 @yes_option
 @json_option
 @click.pass_obj
-def prune(app: App, job: str, dry_run: bool, yes: bool, as_json: bool) -> int:
+def prune(app: App, job: str, orphans: bool, dry_run: bool, yes: bool, as_json: bool) -> int:
     """Apply the retention of JOB now, on its sources and targets. Shows which snapshots it will destroy and why, and
     asks.
 
     Never destroyed, whatever the policy says: the newest snapshot that both sides have, held ones, and those that
     JOB did not make. Exits with 1 if something could not be destroyed.
 
+    Replicas whose sources are gone are kept, with all their snapshots. --orphans shows those of JOB and asks whether to
+    remove them, with all that they have.
+
     \b
     Examples:
       replicator prune vms --dry-run
       replicator prune vms --yes
+      replicator prune vms --orphans
     """
+    if orphans:
+        return _prune_orphans(app, job, dry_run, yes, as_json)
     from replicator.web.messages import PRUNES
 
     with connect.open_control(app, tell=True) as control:
@@ -87,6 +94,55 @@ def _show(job: str, reports: tuple[PruneReport, ...], *, dry_run: bool, stderr: 
     verb = "would be destroyed" if dry_run else "destroyed"
     told = f"Job {safe(job)}: {gone} {verb}, {kept} kept{f', {failed} failed' if failed else ''}."
     out.print(told, soft_wrap=True)
+
+
+def _prune_orphans(app: App, job: str, dry_run: bool, yes: bool, as_json: bool) -> int:
+    from replicator.web.messages import ORPHANS
+
+    with connect.open_control(app, tell=True) as control:
+        found = control.orphans(job)
+        going = tuple(report for report in found if not report.kept)
+        if not as_json or not (dry_run or yes):
+            _show_orphans(job, found, stderr=as_json)
+        if dry_run or not going:
+            if as_json:
+                print_json(ORPHANS, found)
+            return FAILED if found and not going and not dry_run else DONE
+        what = f"{len(going)} replicas with all their" if len(going) > 1 else "1 replica with all its"
+        consent(f"Remove {what} snapshots?", yes=yes)
+        reports = control.remove_orphans(job, going)
+    stay = tuple(report for report in reports if not report.gone)
+    if as_json:
+        print_json(ORPHANS, reports)
+    else:
+        if stay:
+            _show_orphans(job, stay, stderr=False)
+        say(f"Job {safe(job)}: {len(reports) - len(stay)} removed, {len(stay) + len(found) - len(going)} kept.")
+    return FAILED if stay else DONE
+
+
+def _show_orphans(job: str, reports: tuple[OrphanReport, ...], *, stderr: bool) -> None:
+    from rich.text import Text
+
+    from replicator.cli.tables import fold, plain_table
+    from replicator.units import format_size
+
+    out = console(stderr=stderr)
+    if not reports:
+        out.print(f"Job {safe(job)} has no replicas whose sources are gone.", soft_wrap=True)
+        return
+    table = plain_table("NODE/REPLICA", "SIZE", "SNAPSHOTS", "NEWEST", "KEPT BECAUSE")
+    table.columns[4].no_wrap, table.columns[4].overflow = False, "fold"
+    for report in reports:
+        node = report.orphan.target.partition(":")[0]
+        table.add_row(
+            fold(f"{node}/{report.orphan.replica}", 24),
+            "" if report.size is None else format_size(report.size),
+            str(len(report.versions)),
+            fold(report.versions[-1].name if report.versions else "", 36),
+            Text(safe(report.kept), "yellow"),
+        )
+    out.print(table)
 
 
 @click.command(cls=Verb)

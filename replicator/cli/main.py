@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import io
+import keyword
 import os
 import sys
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ SECTIONS: tuple[tuple[str, tuple[Entry, ...]], ...] = (
             Entry("verify", "replicate", "Compare a replica with its source, block by block."),
             Entry("resync", "replicate", "Make a diverged, damaged or missing replica right again."),
             Entry("restore", "replicate", "Make any snapshot a new volume."),
+            Entry("export", "diffs", "Write a snapshot, or what changed, as `rbd export-diff` does."),
+            Entry("import", "diffs", "Read what `export` or `rbd export-diff` wrote."),
         ),
     ),
     (
@@ -119,7 +122,8 @@ class Verbs(click.Group):
             for entry in entries:
                 if entry.name == cmd_name:
                     module = importlib.import_module(f"replicator.cli.{entry.module}")
-                    command: click.Command = getattr(module, cmd_name)
+                    attribute = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
+                    command: click.Command = getattr(module, attribute)
                     return command
         return None
 

@@ -266,7 +266,8 @@ def status_view(status: Status, *, width: int) -> RenderableType:
     told = {row.message for row in waiting}
     lines += [_away(peer, told) for peer in status.peers if not peer.up]
     lines += problems(
-        (f"{orphan.replica} on {orphan.target.partition(':')[0]}", GONE, KEPT) for orphan in status.orphans
+        (f"{orphan.replica} on {orphan.target.partition(':')[0]}", GONE, KEPT.format(job=orphan.job))
+        for orphan in status.orphans
     )
     if lines:
         parts += [*lines, Text()]
@@ -275,7 +276,10 @@ def status_view(status: Status, *, width: int) -> RenderableType:
 
 
 GONE = "its source is gone; the replica is kept"
-KEPT = "`replicator restore` brings a snapshot of it back as a volume; when it is not needed, remove it by hand there"
+KEPT = (
+    "`replicator restore` brings a snapshot of it back as a volume; when it is not needed, `replicator prune {job} "
+    "--orphans` removes it"
+)
 
 
 def _away(peer: PeerStatus, told: set[str]) -> Text:

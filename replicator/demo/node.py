@@ -14,7 +14,7 @@ from pathlib import Path
 from replicator.client import DaemonClient
 from replicator.errors import DaemonUnreachable, ReplicatorError
 
-START_TIMEOUT = 30.0
+START_TIMEOUT = 90.0
 STOP_TIMEOUT = 30.0
 
 

@@ -25,6 +25,7 @@ from replicator.control import (
     Control,
     Finding,
     HistoryEntry,
+    OrphanReport,
     PlannedReplica,
     ResyncPreview,
     SideSnapshots,
@@ -172,6 +173,10 @@ def _questions(control: Control) -> APIRouter:
     def snapshots(volume: Text) -> Response:
         return _answer(messages.SNAPSHOTS, control.snapshots(volume))
 
+    @router.get("/orphans", summary="Replicas without sources", response_model=tuple[OrphanReport, ...])
+    def orphans(job: Text) -> Response:
+        return _answer(messages.ORPHANS, control.orphans(job))
+
     @router.get("/history", summary="What happened, newest first", response_model=tuple[HistoryEntry, ...])
     def history(limit: Annotated[int, Query(ge=1, le=MAX_HISTORY)] = 100) -> Response:
         return _answer(messages.HISTORY, control.history(limit))
@@ -235,6 +240,14 @@ def _work(control: Control, works: Works) -> APIRouter:
     def prune(order: messages.PruneOrder) -> Response:
         return EventStream(
             works, lambda _listen, _cancel: messages.PRUNES.dump_json(control.prune(order.job, order.dry_run))
+        )
+
+    @router.post(
+        "/remove-orphans", summary="Remove replicas without sources", response_class=Response, responses=_STREAM
+    )
+    def remove_orphans(order: messages.OrphanOrder) -> Response:
+        return EventStream(
+            works, lambda _listen, _cancel: messages.ORPHANS.dump_json(control.remove_orphans(order.job, order.wanted))
         )
 
     @router.post("/restore", summary="Make a snapshot a new volume", response_class=Response, responses=_STREAM)

@@ -22,6 +22,7 @@ from replicator.control import (
     Happening,
     HistoryEntry,
     Note,
+    OrphanReport,
     PlannedReplica,
     PruneReport,
     Restored,
@@ -100,6 +101,14 @@ class PruneOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class OrphanOrder:
+    """Body of ``POST remove-orphans``; ``wanted`` as ``GET orphans`` gave it."""
+
+    job: str
+    wanted: tuple[OrphanReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RestoreRequest:
     """Body of ``POST restore``. ``snapshot`` is ``STORAGE:NAME@SNAPSHOT``, ``to`` is ``STORAGE:NAME``."""
 
@@ -167,6 +176,7 @@ REPORTS = TypeAdapter(tuple[RunReport, ...])
 RESYNCS = TypeAdapter(tuple[Resync, ...])
 VERIFICATIONS = TypeAdapter(tuple[Verification, ...])
 PRUNES = TypeAdapter(tuple[PruneReport, ...])
+ORPHANS = TypeAdapter(tuple[OrphanReport, ...])
 RESTORED = TypeAdapter(Restored)
 
 _HAPPENINGS: tuple[tuple[str, type[Happening], TypeAdapter[Any]], ...] = (

@@ -734,3 +734,18 @@ def test_the_estimate_of_a_batch_counts_what_is_between(case: ZfsCase) -> None:
     assert alone is not None
     assert batch is not None
     assert batch > alone * 3 // 2
+
+
+def test_a_replica_is_removed_once_it_has_no_version(case: ZfsCase) -> None:
+    (one,) = make(case, "one")
+    replicate(case, None, one)
+    with pytest.raises(VolumeBusy):
+        case.backend.remove(REPLICA.name)
+    case.backend.destroy(REPLICA.name, one.ref)
+    for _ in range(2):
+        case.backend.remove(REPLICA.name)
+        assert case.backend.state(REPLICA.name) is None
+    assert case.backend.state("vm") is not None
+    with pytest.raises(NotAReplica):
+        case.backend.remove("vm")
+    replicate(case, None, one)

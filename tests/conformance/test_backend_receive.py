@@ -11,9 +11,11 @@ from replicator.cancellation import Cancellation
 from replicator.errors import (
     Cancelled,
     ConnectionLost,
+    NotAReplica,
     ProtocolError,
     ReplicatorError,
     StaleResume,
+    VolumeBusy,
 )
 from replicator.model import Lineage, ResumeState, Role, StreamKind
 from replicator.streams import BLOCK_SIZE, CHUNK_SIZE, MAX_EXTENTS
@@ -306,3 +308,31 @@ def test_cancelling_at_the_end(case: BackendCase) -> None:
         receive(case, asked(make_version("one", SIZE)), stream, cancel)
     state = case.backend.state(VM.name)
     assert state is None or state.versions == ()
+
+
+# -- removing it
+
+
+def test_a_replica_is_removed_once_it_has_no_version(case: BackendCase) -> None:
+    one = first(case)
+    interrupted(case, one, make_version("two", SIZE), pattern(SIZE, seed=2))
+    with pytest.raises(VolumeBusy):
+        case.backend.remove(VM.name)
+    case.backend.destroy(VM.name, one.ref)
+    case.backend.remove(VM.name)
+    case.reopen()
+    assert case.backend.state(VM.name) is None
+    assert case.backend.volumes() == ()
+    case.backend.remove(VM.name)
+    again = first(case)
+    assert case.read_snapshot(VM.name, again) == DATA
+
+
+def test_only_a_replica_is_removed(case: BackendCase) -> None:
+    case.create("vm", DATA)
+    for lineage in (None, PRIMARY):
+        if lineage is not None:
+            case.backend.set_lineage("vm", lineage)
+        with pytest.raises(NotAReplica):
+            case.backend.remove("vm")
+    assert case.read("vm") == DATA

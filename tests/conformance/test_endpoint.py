@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import pytest
 
 from replicator.cancellation import Cancellation
-from replicator.endpoint import DigestRequest, Endpoint, PruneRequest, SnapshotRequest
+from replicator.endpoint import DigestRequest, Endpoint, PruneRequest, RemoveRequest, SnapshotRequest
 from replicator.errors import (
     Cancelled,
     ConfigError,
@@ -19,6 +19,7 @@ from replicator.errors import (
     InvalidName,
     NoSuchSnapshot,
     NoSuchVolume,
+    NotAReplica,
     NotAuthorized,
     ReplicatorError,
     StaleEpoch,
@@ -342,6 +343,18 @@ def test_setting_aside_and_adopting(case: EndpointCase) -> None:
     with pytest.raises(NoSuchVolume):
         case.endpoint.adopt(MISSING, LINEAGE)
     assert case.endpoint.set_aside(MISSING, "diverged-now") is None
+
+
+def test_removing_a_replica(case: EndpointCase) -> None:
+    lineage = replace(LINEAGE, role=Role.REPLICA)
+    request = RemoveRequest(REPLICA, "vms", lineage, ())
+    case.endpoint.remove(request)
+    case.storage.create(REPLICA.name, DATA)
+    with pytest.raises(NotAReplica):
+        case.endpoint.remove(request)
+    assert case.storage.read(REPLICA.name) == DATA
+    with pytest.raises(NotAuthorized if case.remote else NotAReplica):
+        case.endpoint.remove(replace(request, volume=SOURCE))
 
 
 def test_clones(case: EndpointCase) -> None:

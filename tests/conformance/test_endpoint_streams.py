@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from replicator.cancellation import Cancellation
-from replicator.endpoint import Range, ReceiveMode, ReceiveRequest, SendRequest, SnapshotRequest
+from replicator.endpoint import Range, ReceiveMode, ReceiveRequest, RemoveRequest, SendRequest, SnapshotRequest
 from replicator.errors import (
     Cancelled,
     ChecksumMismatch,
@@ -20,9 +20,11 @@ from replicator.errors import (
     ProtocolError,
     ReplicatorError,
     SnapshotExists,
+    SnapshotHeld,
     StaleEpoch,
     StaleResume,
     VolumeBusy,
+    VolumeChanged,
 )
 from replicator.local import LocalEndpoint
 from replicator.model import Lineage, ResumeState, Role, StreamKind, Version, VersionRef, VolumeId, VolumeState
@@ -434,3 +436,26 @@ def test_replicating_out_of_it(case: EndpointCase) -> None:
     assert state is not None
     assert [v.name for v in state.versions] == ["one", "two"]
     assert other.read_snapshot(volume.name, state.versions[1]) == changed(DATA, [(5, b"one")])
+
+
+def test_a_replica_is_removed_with_all_that_it_has(case: EndpointCase) -> None:
+    base: VersionRef | None = None
+    for name in ("one", "two"):
+        to = make_version(name, SIZE)
+        request = ReceiveRequest(REPLICA, PRIMARY, base, to, KEY, hold=TAG)
+        base = to.ref
+        with make_stream(*full_chunks(DATA)) as stream:
+            case.endpoint.receive(request, stream, Cancellation())
+    state = case.endpoint.state(REPLICA)
+    assert state is not None
+    assert state.lineage is not None
+    remove = RemoveRequest(REPLICA, "vms", state.lineage, tuple(version.guid for version in state.versions))
+    with pytest.raises(VolumeChanged):
+        case.endpoint.remove(replace(remove, versions=remove.versions[:1]))
+    with pytest.raises(SnapshotHeld):
+        case.endpoint.remove(replace(remove, job="other"))
+    assert case.endpoint.state(REPLICA) == state
+    for _ in range(2):
+        case.endpoint.remove(remove)
+        assert case.endpoint.state(REPLICA) is None
+    assert case.local.volumes("store") == ()

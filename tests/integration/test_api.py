@@ -26,6 +26,8 @@ from replicator.control import (
     Happening,
     HistoryEntry,
     Note,
+    Orphan,
+    OrphanReport,
     PlannedReplica,
     PruneReport,
     Restored,
@@ -35,7 +37,7 @@ from replicator.control import (
     Status,
 )
 from replicator.errors import Problem
-from replicator.model import Progress
+from replicator.model import Lineage, Progress, Role, Version
 from replicator.verification import Resync, Verification
 from replicator.web.api import make_api
 from replicator.web.messages import NDJSON, Failure
@@ -48,6 +50,12 @@ NOW = datetime(2026, 11, 20, 8, 0, 0, 123456, UTC)
 STATUS = Status("prox1", "0.1.0", True, NOW, ())
 METRICS = b"# HELP replicator_build_info Version.\nreplicator_build_info 1\n"
 PATIENCE = 20.0
+ORPHAN = OrphanReport(
+    Orphan("vms", "images:old", "prox2:backup", "backup:prox1/old"),
+    Lineage("6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00", Role.REPLICA, 1),
+    5,
+    (Version("snap", "guid", NOW, 1),),
+)
 
 ANSWERS: dict[str, Any] = {
     "status": Status,
@@ -58,6 +66,8 @@ ANSWERS: dict[str, Any] = {
     "verify": tuple[Verification, ...],
     "snapshots": tuple[SideSnapshots, ...],
     "prune": tuple[PruneReport, ...],
+    "orphans": tuple[OrphanReport, ...],
+    "remove_orphans": tuple[OrphanReport, ...],
     "restore": Restored,
     "history": tuple[HistoryEntry, ...],
     "check": tuple[Finding, ...],
@@ -73,6 +83,8 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "verify": ("images:vm-100", None, "snap", True, True),
     "snapshots": ("images:vm-100",),
     "prune": ("vms", True),
+    "orphans": ("vms",),
+    "remove_orphans": ("vms", (ORPHAN,)),
     "restore": ("images:vm-100@snap", "images:new"),
     "history": (17,),
     "check": (),
@@ -471,7 +483,7 @@ def test_the_document_describes_every_path(shared: Stage) -> None:
     names = {path.removeprefix("/api/v1/") for path in document["paths"]}
     assert names == {
         "/metrics", "health", "status", "plan", "resync", "snapshots", "history", "check", "pause", "resume",
-        "sync", "verify", "prune", "restore",
+        "sync", "verify", "prune", "orphans", "remove-orphans", "restore",
     }  # fmt: skip
     assert {"Status", "ReplicaStatus", "Failure", "PlannedReplica"} <= set(document["components"]["schemas"])
     stream = document["paths"]["/api/v1/sync"]["post"]["responses"]["200"]["content"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -101,6 +102,22 @@ def test_restore_from_the_other_node(tmp_path: Path) -> None:
         again = pair.a.run("restore", f"{VOLUME}@{name}", "--to", "images:back.raw")
         assert again.returncode == 1
         assert "exists" in again.stderr
+
+
+def test_restore_of_a_volume_that_is_lost(tmp_path: Path) -> None:
+    """Its replica is what it comes back from, and nobody needs to know how that is called."""
+    with cluster(tmp_path) as pair:
+        fill(pair.image, 6 * MIB)
+        pair.a.must("sync", JOB)
+        name = pair.assert_equal()
+        frozen = pair.image.read_bytes()
+        shutil.rmtree(pair.images)
+        pair.images.mkdir()
+        pair.a.must("restore", f"{VOLUME}@{name}", "--to", "images:back.raw")
+        assert (pair.images / "back.raw").read_bytes() == frozen
+        lost = pair.a.run("restore", f"{VOLUME}@nosuch", "--to", "images:back-2.raw")
+        assert lost.returncode == 1
+        assert "looked in a/images:disk.raw, b/replicas:a/disk.raw" in lost.stderr
 
 
 def test_only_one_daemon_and_commands_work_without_one(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from backends.rbd import RbdBackend
 from backends.rbd.binding import Binding, Image, Ioctx, load
 from backends.rbd.catalog import read_catalog
 from backends.rbd.changes import find_changes
+from backends.rbd.cluster import Connection
 from backends.rbd.locks import Lease, lock_object, writing
 from replicator.cancellation import Cancellation
 from replicator.endpoint import ReceiveRequest, SendRequest
@@ -357,8 +358,22 @@ def test_a_second_node_is_refused_and_told_who_it_is(case: RbdCase) -> None:
 
     receive(case, request, make_stream(make_chunk((0, b"two")), meanwhile=meanwhile))
     other.close()
-    assert all("process" in text and "receiving two" in text for text in refused)
+    assert all("locked by this process itself (receiving two)" in text for text in refused)
     assert refused
+
+
+def test_another_process_is_called_by_its_name(case: RbdCase) -> None:
+    one = first(case)
+    with case.session() as session, case.image(REPLICA.name, read_only=True) as image:
+        place, key = case.naming.place(REPLICA.name), lock_object(image.id())
+        with session.ioctx(place.namespace) as opened:
+            ioctx: Any = opened
+            ioctx.lock_exclusive(key, "replicator", "cookie", "", 600)
+            ioctx.write_full(key, b"prox9, process 17: receiving two\x1b")
+            with pytest.raises(VolumeBusy, match=r"in use by prox9, process 17: receiving two\?, so") as caught:
+                receive(case, asked(make_version("two", SIZE), one), make_stream())
+            assert "wait" in caught.value.hint
+            ioctx.remove_object(key)
 
 
 def test_a_lock_that_is_not_renewed_is_lost(ceph: Cluster) -> None:
@@ -373,14 +388,29 @@ def test_a_lock_that_is_not_renewed_is_lost(ceph: Cluster) -> None:
             receive_once_free(case, asked(make_version("two", SIZE)), ())
         with session.ioctx(place.namespace) as ioctx, pytest.raises(session.binding.rados.ObjectNotFound):
             ioctx.stat(lock_object(identity))  # type: ignore[attr-defined]
-        with writing(session, place.namespace, identity, "store:vm", "working", Lease(2, 0.1), cancel) as work:
+        with writing(session, place.namespace, identity, "store:vm", "working", Lease(2, 0.1), cancel) as held:
             with session.ioctx(place.namespace) as ioctx:
                 ioctx.remove_object(lock_object(identity))
-            assert work.wait(30)
+            assert held.work.wait(30)
             with pytest.raises(StorageUnavailable, match="could not be renewed"):
-                work.check()
+                held.work.check()
     assert not cancel.cancelled
     case.close()
+
+
+def test_work_stops_before_its_lease_when_the_cluster_hangs(case: RbdCase, ceph: Cluster) -> None:
+    case.create("vm", DATA)
+    with case.session() as session, case.image("vm", read_only=True) as image:
+        identity, place = image.id(), case.naming.place("vm")
+        lease = Lease(3600, 0.1, patience=2)
+        with writing(session, place.namespace, identity, "store:vm", "working", lease, Cancellation()) as held:
+            ceph.crash("osd")
+            try:
+                assert held.work.wait(50)  # librados itself ends the renewal after 60 s
+            finally:
+                ceph.start("osd")
+            with pytest.raises(StorageUnavailable, match="has not answered for 2 s"):
+                held.check()
 
 
 # -- users and clusters
@@ -417,6 +447,43 @@ def test_the_documented_capabilities_are_enough_for_a_target(case: RbdCase, ceph
     case.backend.destroy(REPLICA.name, one.ref)
     case.backend.clone(REPLICA.name, two.ref, "copy")
     assert case.backend.info().detail
+
+
+def test_a_source_needs_no_right_to_write_data(case: RbdCase, ceph: Cluster) -> None:
+    """The capabilities that the README names for a cluster that only has sources."""
+    prefixes = ("rbd_header.", "rbd_object_map.", "replicator.")
+    caps = [f"profile rbd-read-only pool={case.pool}", "allow class-read object_prefix rbd_children"]
+    caps += [f"allow rwx pool={case.pool} object_prefix {prefix}" for prefix in prefixes]
+    keyring = ceph.user("sender", mon="profile rbd", osd=", ".join(caps))
+    case.create("vm", DATA)
+    case.create("bare", DATA)
+    case.backend.close()
+    case.backend = case.open(case.where("sender", keyring))
+    assert case.backend.lacking(Capability.SEND) == ()
+    one = take(case, "one")
+    with case.image("vm") as guest:  # which has the image's lock
+        guest.write(b"two", 0)
+        two = take(case, "two")
+        guest.write(b"three", 0)
+    case.backend.hold("vm", two.ref, TAG)
+    sent(case, None, two)
+    sent(case, one, two)
+    case.backend.release("vm", two.ref, TAG)
+    case.backend.destroy("vm", one.ref)
+    assert case.backend.heads(("vm",))[0].changed
+    sender = Connection("sender", case.where("sender", keyring), load)
+    place = case.naming.place("vm")
+    with sender.session("overstepping") as session, session.ioctx(place.namespace) as ioctx:
+        pool: Any = session.pool
+        with session.image(place, read_only=False) as opened:
+            image: Any = opened
+            with pytest.raises(session.binding.rbd.PermissionError):
+                image.write(b"damage", 0)
+        for overstep, arguments in ((pool.remove, ("bare",)), (pool.create, ("new", SIZE))):
+            with pytest.raises(session.binding.rbd.PermissionError):
+                overstep(ioctx, *arguments)
+    sender.close()
+    assert (case.read("vm"), case.read("bare")) == (changed(DATA, [(0, b"three")]), DATA)
 
 
 def test_no_cluster_no_key_no_pool(case: RbdCase) -> None:

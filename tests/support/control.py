@@ -12,6 +12,7 @@ from replicator.control import (
     Happening,
     HistoryEntry,
     Listener,
+    OrphanReport,
     PlannedReplica,
     PruneReport,
     Restored,
@@ -100,6 +101,14 @@ class FakeControl:
 
     def prune(self, job: str, dry_run: bool) -> tuple[PruneReport, ...]:
         found: tuple[PruneReport, ...] = self._answer("prune", job, dry_run)
+        return found
+
+    def orphans(self, job: str) -> tuple[OrphanReport, ...]:
+        found: tuple[OrphanReport, ...] = self._answer("orphans", job)
+        return found
+
+    def remove_orphans(self, job: str, wanted: tuple[OrphanReport, ...]) -> tuple[OrphanReport, ...]:
+        found: tuple[OrphanReport, ...] = self._answer("remove_orphans", job, wanted)
         return found
 
     def restore(self, snapshot: str, to: str, listen: Listener, cancel: Cancellation) -> Restored:

@@ -16,6 +16,7 @@ from replicator.endpoint import (
     PruneOutcome,
     PruneRequest,
     ReceiveRequest,
+    RemoveRequest,
     Scrub,
     ScrubRequest,
     SendRequest,
@@ -194,6 +195,11 @@ class FaultyEndpoint:
     def prune(self, request: PruneRequest) -> tuple[PruneOutcome, ...]:
         self._fail("prune", Point.BEFORE)
         return self._inner.prune(request)
+
+    def remove(self, request: RemoveRequest) -> None:
+        self._fail("remove", Point.BEFORE)
+        self._inner.remove(request)
+        self._fail("remove", Point.AFTER)
 
     def clone(self, volume: VolumeId, version: VersionRef, new: VolumeId) -> VolumeInfo:
         return self._inner.clone(volume, version, new)

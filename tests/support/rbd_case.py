@@ -33,13 +33,24 @@ class RbdCase(BackendCase):
     :param whole: not a namespace but a pool, which is emptied before
     """
 
-    def __init__(self, conf: Path, *, whole: bool = False, name: str = "store", lease: Lease | None = None) -> None:
+    def __init__(
+        self,
+        conf: Path,
+        *,
+        whole: bool = False,
+        name: str = "store",
+        lease: Lease | None = None,
+        grouped: bool = False,
+        pool: str = POOL,
+        namespace: str | None = None,
+    ) -> None:
         self.conf = conf
         self.name = name
-        self.namespace = namespace = None if whole else f"case-{uuid.uuid4().hex[:12]}"
-        self.pool = WHOLE if whole else POOL
+        self.namespace = namespace = None if whole else namespace or f"case-{uuid.uuid4().hex[:12]}"
+        self.pool = WHOLE if whole else pool
         self.naming = Naming(namespace)
         self._lease = lease
+        self._grouped = grouped
         self.hands = Connection("hands", self.where(), load)
         with self.session() as session:
             if namespace is None:
@@ -55,7 +66,12 @@ class RbdCase(BackendCase):
     def open(self, where: Where | None = None) -> RbdBackend:
         """Another backend over the same images, as on another node."""
         return RbdBackend(
-            self.name, where or self.where(), namespace=self.namespace, checksums=checksum, lease=self._lease
+            self.name,
+            where or self.where(),
+            namespace=self.namespace,
+            checksums=checksum,
+            grouped=self._grouped,
+            lease=self._lease,
         )
 
     def reopen(self) -> None:

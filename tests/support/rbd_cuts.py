@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from backends.rbd.binding import Binding, Image, Ioctx, Pool, load
+from backends.rbd.binding import Binding, Group, Image, Ioctx, Pool, load
+from backends.rbd.header import Notes
 
 _CHANGES = frozenset(
     {
@@ -17,13 +18,15 @@ _CHANGES = frozenset(
         "metadata_set",
         "protect_snap",
         "remove_snap",
+        "remove_snap_by_id",
         "rename_snap",
         "resize",
         "unprotect_snap",
     }
 )
 _WRITES = frozenset({"aio_write", "aio_write_zeroes"})
-_POOL_CHANGES = frozenset({"create", "remove", "rename"})
+_POOL_CHANGES = frozenset({"create", "group_create", "group_remove", "remove", "rename"})
+_GROUP_CHANGES = frozenset({"add_image", "create_snap", "remove_image", "remove_snap"})
 
 
 @dataclass
@@ -75,9 +78,19 @@ class CutBinding(Binding):
         guarded: Any = _Guarded(super().open_image(ioctx, name, read_only=read_only), self.cut, _CHANGES, _WRITES)
         return guarded  # type: ignore[no-any-return]
 
+    def open_header(self, ioctx: Ioctx, image: str) -> Notes:
+        """Records that can be cut off."""
+        guarded: Any = _Guarded(super().open_header(ioctx, image), self.cut, _CHANGES)
+        return guarded  # type: ignore[no-any-return]
+
     def pool(self) -> Pool:
         """A pool that can be cut off."""
         guarded: Any = _Guarded(super().pool(), self.cut, _POOL_CHANGES)
+        return guarded  # type: ignore[no-any-return]
+
+    def open_group(self, ioctx: Ioctx, name: str) -> Group:
+        """A group that can be cut off."""
+        guarded: Any = _Guarded(super().open_group(ioctx, name), self.cut, _GROUP_CHANGES)
         return guarded  # type: ignore[no-any-return]
 
 

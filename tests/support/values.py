@@ -11,6 +11,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from replicator.model import Lineage, Role
+
 
 def of(hint: Any) -> st.SearchStrategy[Any]:
     """Values of a type as it may cross the wire: times in UTC, finite numbers."""
@@ -21,6 +23,8 @@ def of(hint: Any) -> st.SearchStrategy[Any]:
         if len(args) == 2 and args[1] is Ellipsis:
             return st.lists(of(args[0]), max_size=3).map(tuple)
         return st.tuples(*(of(arg) for arg in args))
+    if hint is Lineage:  # which takes no other
+        return st.builds(Lineage, st.uuids().map(str), st.sampled_from(Role), st.integers(1, 2**63 - 1))
     if dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
         fields = {field.name: of(hints[field.name]) for field in dataclasses.fields(hint)}

@@ -83,7 +83,9 @@ def test_replicas_whose_sources_are_gone(terminal: Terminal) -> None:
     terminal.control.answers["status"] = replace(status(row()), orphans=(orphan,))
     shown = " ".join(" ".join(terminal.lines("status")).split())
     assert "backup:prox1/old on prox2: its source is gone; the replica is kept" in shown
-    assert "remove it by hand" in shown
+    assert "`replicator prune vms --orphans` removes it" in shown
+    (told,) = json.loads(terminal.run("status", "--json").stdout)["orphans"]
+    assert told == {"job": "vms", "volume": "images:old", "target": "prox2:backup", "replica": "backup:prox1/old"}
     assert terminal.run("status").exit_code == DONE
 
 

@@ -24,6 +24,8 @@ from replicator.control import (
     HistoryEntry,
     Level,
     Note,
+    Orphan,
+    OrphanReport,
     PlannedReplica,
     PlannedStep,
     PruneReport,
@@ -36,9 +38,10 @@ from replicator.control import (
 )
 from replicator.endpoint import PruneOutcome
 from replicator.errors import Problem
-from replicator.model import Version, VersionKind, snapshot_name
+from replicator.model import Lineage, Role, Version, VersionKind, snapshot_name
 from replicator.verification import Method, Mismatch, Resync, Verification
 from tests.support.cli import Terminal, terminal
+from tests.support.versions import LINEAGE
 
 __all__ = ["terminal"]
 
@@ -195,7 +198,7 @@ def test_help_lists_every_verb() -> None:
     assert len(set(names)) == len(names)
     assert {
         "init", "cluster", "check", "serve", "status", "plan", "sync", "resync", "verify", "snapshots", "prune",
-        "history", "pause", "resume", "restore", "demo",
+        "history", "pause", "resume", "restore", "export", "import", "demo",
     } == set(names)  # fmt: skip
 
 
@@ -341,6 +344,40 @@ def test_prune_fails_if_something_stays_that_should_go(terminal: Terminal) -> No
         result = terminal.run("prune", "vms", "--yes")
         assert result.exit_code == FAILED
     assert "cannot reach prox3" in result.stdout
+
+
+def test_replicas_without_sources_are_removed_on_request(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("prune", "vms", "--orphans")
+    orphan = Orphan("vms", "images:old", TARGET, "backup:prox1/old")
+    going = OrphanReport(orphan, Lineage(LINEAGE, Role.REPLICA, 1), 1 << 30, (version(1), version(2)))
+    stays = replace(going, orphan=replace(orphan, replica="backup:prox1/x"), kept="somebody wrote to it")
+    terminal.control.answers |= {"orphans": (going, stays), "remove_orphans": (replace(going, gone=True),)}
+    result = terminal.run(*words, "--dry-run")
+    assert result.exit_code == DONE
+    shown = " ".join(result.stdout.split())
+    assert "prox2/backup:prox1/old" in shown
+    assert "1.00 GiB 2" in shown
+    assert "somebody wrote to it" in shown
+    result = terminal.run(*words)
+    assert result.exit_code == USAGE
+    assert "add --yes" in result.stderr
+    monkeypatch.setattr(output, "interactive", lambda: True)
+    assert terminal.run(*words, answer="n\n").exit_code == FAILED
+    assert {call[0] for call in terminal.control.calls} == {"orphans"}
+    result = terminal.run(*words, answer="y\n")
+    assert result.exit_code == DONE
+    assert "1 removed, 1 kept" in result.stdout
+    assert terminal.control.calls[-1] == ("remove_orphans", "vms", (going,))
+    told = json.loads(terminal.run(*words, "--yes", "--json").stdout)
+    assert [each["gone"] for each in told] == [True]
+    terminal.control.answers["remove_orphans"] = (replace(going, kept="it is held"),)
+    result = terminal.run(*words, "--yes")
+    assert result.exit_code == FAILED
+    assert "it is held" in result.stdout
+    terminal.control.answers["orphans"] = ()
+    result = terminal.run(*words, "--yes")
+    assert result.exit_code == DONE
+    assert "has no replicas whose sources are gone" in result.stdout
 
 
 def test_plan_shows_steps_prunes_and_conflicts(terminal: Terminal) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from backends.fields import BadRecord
 from backends.image.durable import Files
 from backends.image.kept_digests import SECTION_BLOCKS, DigestWriter, block_count, open_digests
-from backends.image.records import BadRecord, Meta
+from backends.image.records import Meta
 from replicator.streams import BLOCK_SIZE
 from transport import checksum
 

@@ -11,10 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends.blocks import ChunkChecker
 from backends.rbd.catalog import RawSnapshot
 from backends.rbd.changes import Diff, selected
+from backends.rbd.objects import Objects
 from backends.rbd.reading import DEPTH, Reader
 from backends.rbd.records import Taken
+from backends.rbd.source import make_chunk
 from backends.rbd.writing import Writer
 from replicator.cancellation import Cancellation
 from replicator.endpoint import Range
@@ -22,6 +25,7 @@ from replicator.errors import Cancelled, DamagedData, NoSpace, StorageUnavailabl
 from replicator.streams import Extent
 from tests.support.blocks import pattern
 from tests.support.versions import at
+from transport import checksum
 
 DATA = pattern(1 << 20)
 
@@ -67,7 +71,7 @@ class FakeImage:
             self._pending.remove(item)
         item[1]()
 
-    def aio_read(self, offset: int, length: int, done: Callable[[Done, bytes | None], None]) -> Done:
+    def aio_read(self, offset: int, length: int, done: Callable[[Done, bytes | None], None], _advice: int) -> Done:
         status = -self.fail.get(offset, 0)
         data = None if status else bytes(self.data[offset : offset + length])
         return self._later(lambda: done(Done(status), data))
@@ -203,6 +207,119 @@ def test_what_was_written_in_order_is_saved_after_an_error_elsewhere() -> None:
     assert writing.durable == 9
 
 
+# -- pieces of one object
+
+
+class FakeObjects:
+    """The objects of an image, of 64 KiB: one may be written to only once that image has written to it.
+
+    :ivar together: pieces in each operation
+    """
+
+    size = 65536
+
+    def __init__(self, image: FakeImage) -> None:
+        self.together: list[int] = []
+        self.fail = 0
+        self._image = image
+
+    number = Objects.number
+    crosses = Objects.crosses
+
+    def write(self, number: int, pieces: list[tuple[int, bytes]], done: Callable[[Done], None]) -> Done:
+        assert any(self._image.data[number * self.size : (number + 1) * self.size]), "not begun by librbd"
+        assert all(offset // self.size == (offset + len(data) - 1) // self.size == number for offset, data in pieces)
+        self.together.append(len(pieces))
+
+        def act() -> None:
+            if not self.fail:
+                for offset, data in pieces:
+                    self._image.data[offset : offset + len(data)] = data
+            done(Done(-self.fail))
+
+        return self._image._later(act)
+
+
+def writer_of_objects(image: Any, objects: Any) -> Writer:
+    return Writer(image, "store:vm", 0, Cancellation(), objects)
+
+
+def test_small_pieces_of_an_object_are_written_together() -> None:
+    image = FakeImage(bytes(len(DATA)))
+    objects = FakeObjects(image)
+    writing = writer_of_objects(image, objects)
+    expected = bytearray(len(DATA))
+    # Ten in each of four objects; two in the next, which is too few; three, and one across two objects; a large one.
+    pieces = [(number * 65536 + place * 5000, 4096) for number in range(4) for place in range(10)]
+    pieces += [(4 * 65536, 512), (4 * 65536 + 9000, 512)]
+    pieces += [(5 * 65536, 9), (5 * 65536 + 9000, 9), (5 * 65536 + 9999, 9), (6 * 65536 - 100, 200)]
+    pieces += [(7 * 65536, 2 * 65536)]
+    pieces += [(10 * 65536 + place, 1) for place in range(0, 65536, 512)]
+    with writing.draining():
+        for offset, length in pieces:
+            writing.write(offset, DATA[offset : offset + length])
+            expected[offset : offset + length] = DATA[offset : offset + length]
+        writing.zero(15 * 65536, 10)
+        writing.finish()
+    assert image.data == expected
+    assert sorted(objects.together) == [2, 9, 9, 9, 9, 63, 63]
+    assert writing.durable == 15 * 65536 + 10
+
+
+def test_pieces_that_wait_for_others_are_not_durable_before_they_are_written() -> None:
+    image = FakeImage(bytes(len(DATA)))
+    writing = writer_of_objects(image, FakeObjects(image))
+    with writing.draining():
+        for offset in range(0, len(DATA), 8192):
+            writing.write(offset, DATA[offset : offset + 8192])
+            if offset % 40960 == 0:
+                writing.flush()
+            assert image.data[: writing.durable] == DATA[: writing.durable]
+        writing.salvage()
+    assert bytes(image.data) == DATA
+    assert writing.durable == len(DATA)
+
+
+def test_pieces_that_fail_together_are_not_durable() -> None:
+    image = FakeImage(bytes(len(DATA)))
+    objects = FakeObjects(image)
+    objects.fail = errno.ENOSPC
+    writing = writer_of_objects(image, objects)
+    with pytest.raises(NoSpace), writing.draining():
+        for offset in range(65536 - 4096, len(DATA), 4096):
+            writing.write(offset, DATA[offset : offset + 4096])
+        writing.finish()
+    writing.salvage()
+    assert writing.durable <= 65536
+
+
+# -- chunks
+
+
+def test_long_runs_of_zeros_are_not_sent() -> None:
+    """What librbd tells of an object that is new: all that lies before its last byte."""
+    piece, page = DATA[:4096], 4096
+    part = bytes(20 * page) + piece + bytes(15 * page) + piece + bytes(16 * page) + piece + bytes(100)
+    batch = [Extent(page, len(part)), Extent(1 << 20, 3 * page), Extent((1 << 20) + 3 * page, page, zero=True)]
+    chunk = make_chunk(batch, [part, bytes(3 * page)], checksum, bytes(32))
+    place = [Extent(page, 20 * page, zero=True), Extent(21 * page, 17 * page), Extent(38 * page, 16 * page, zero=True)]
+    place += [Extent(54 * page, page + 100), Extent(1 << 20, 4 * page, zero=True)]
+    assert list(chunk.extents) == place
+    assert chunk.data == piece + bytes(15 * page) + piece + piece + bytes(100)
+    checker = ChunkChecker("x", size=2 << 20, start=0, key=bytes(32), checksums=checksum)
+    assert len(list(checker.check(chunk))) == 5
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=6), st.integers(0, 4095))
+def test_chunks_have_what_was_read(runs: list[tuple[int, bool]], short: int) -> None:
+    data = b"".join((b"x" if full else b"\0") * 4096 * pages for pages, full in runs)[: -short or None]
+    chunk = make_chunk([Extent(8192, len(data))], [data], checksum, bytes(32))
+    checker = ChunkChecker("x", size=8192 + len(data), start=0, key=bytes(32), checksums=checksum)
+    found = [(extent, bytes(piece) or bytes(extent.length)) for extent, piece in checker.check(chunk)]
+    assert b"".join(piece for _, piece in found) == data
+    assert found[0][0].offset == 8192
+
+
 # -- changes
 
 
@@ -264,6 +381,18 @@ def test_two_passes_find_all_that_changed(
     estimate = diff.estimate()
     if estimate is not None:
         assert sum(e.length for e in written) <= estimate <= size
+
+
+@given(histories(), st.integers(0, 3000), st.integers(1, 7))
+def test_what_no_object_has_is_looked_for_everywhere(
+    history: tuple[int, list[Extent]], start: int, window: int
+) -> None:
+    size, written = history
+    image: Any = FakeDiff(size, written)
+    diff = Diff(image, size, BASE, size, 100, exact_window=window * 100, has_parent=True, hidden=True)
+    found = list(diff.extents(start))
+    assert not any(extent.zero for extent in found)
+    assert [offset for e in found for offset in range(e.offset, e.end)] == list(range(start, size))
 
 
 def test_ranges_are_cut_to_the_image() -> None:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends.fields import BadRecord
 from backends.rbd import records
-from backends.rbd.records import BadRecord, HeadRecord, Identity, Partial, Replaced, SnapshotRecord, Stage, Taken
+from backends.rbd.records import HeadRecord, Identity, Partial, Replaced, SnapshotRecord, Stage, Taken
 from replicator.endpoint import ReceiveMode
 from replicator.errors import InvalidName
 from replicator.model import Lineage, Role

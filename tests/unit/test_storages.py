@@ -13,6 +13,7 @@ import pytest
 from backends.image import ImageBackend
 from backends.rbd import binding
 from replicator.errors import MissingBinding
+from replicator.model import Capability
 from replicator.settings import ImageStorage, RbdStorage, ZfsStorage
 from replicator.storages import build_backends
 
@@ -92,3 +93,11 @@ def test_what_was_built_before_a_failure_is_closed(tmp_path: Path, monkeypatch: 
     with pytest.raises(MissingBinding):
         build_backends({"images": images, "pool": POOL})
     assert closed == ["images"]
+
+
+@pytest.mark.tier("ceph")
+def test_rbd_snapshots_together() -> None:
+    together = RbdStorage.model_validate({"name": "other", "kind": "rbd", "pool": "rbd", "snapshots": "together"})
+    backends = build_backends({"pool": POOL, "other": together})
+    assert Capability.ATOMIC_GROUP not in backends["pool"].capabilities
+    assert Capability.ATOMIC_GROUP in backends["other"].capabilities

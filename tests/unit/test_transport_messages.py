@@ -22,6 +22,7 @@ from replicator.endpoint import (
     Range,
     ReceiveMode,
     ReceiveRequest,
+    RemoveRequest,
     Scrub,
     ScrubRequest,
     SendRequest,
@@ -99,6 +100,7 @@ REQUESTS: list[Request] = [
     messages.Heads((VOLUME,)),
     messages.Manifest(ManifestRequest(VOLUME, VERSION.ref, KEY)),
     messages.Scrub(ScrubRequest(VOLUME, start=True)),
+    messages.Remove(RemoveRequest(VOLUME, "job", LINEAGE, ("g",))),
 ]
 SCRUB = Scrub("tank", False, 0, 5, datetime(2026, 11, 20, tzinfo=UTC), 2**64 - 1, 1, ("tank/vm:/a\\x0a",), 2)
 
@@ -236,6 +238,10 @@ RECEIVING, SENDING, RANGED = REQUESTS[11], REQUESTS[9], REQUESTS[10]
         (REQUESTS[22], "request.properties", [{"name": "a", "value": "c"}] * 65),
         (REQUESTS[25], "request.key", "no key"),
         (REQUESTS[26], "request.start", 1),
+        (REQUESTS[27], "request.job", "../job"),
+        (REQUESTS[27], "request.versions", ["../g"]),
+        (REQUESTS[27], "request.lineage", None),
+        (REQUESTS[27], "request.volume.name", "../etc"),
     ],
 )
 def test_what_is_out_of_range_is_refused(request_: Request, path: str, value: object) -> None:

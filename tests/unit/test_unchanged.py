@@ -134,6 +134,22 @@ class World:
         return self.tracker.get(ReplicaKey("vms", f"store:{volume}", target)).lag(self.now)
 
 
+def test_what_has_arrived_is_known_before_the_run_goes_on() -> None:
+    """Letting go of the old base, and pruning, may take long."""
+    world = World()
+    world.run()
+    for volume in VOLUMES:
+        world.memory["a"].write(volume, 0, b"new")
+    lags: list[float | None] = []
+
+    def look() -> None:
+        lags.append(min(world.lag(volume) or 0.0 for volume in VOLUMES))
+
+    world.endpoints["b"].before["release"] = look
+    world.run()
+    assert lags == [0.0]
+
+
 def test_what_does_not_change_costs_a_question_to_each_node() -> None:
     world = World()
     assert [report.steps for report in world.run()] == [1, 1, 1]
