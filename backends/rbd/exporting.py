@@ -1,7 +1,8 @@
 """Changes in the records of ``rbd export-diff``: one for each that librbd tells of, neither joined nor cut.
 
 So the same question is asked as that command asks: by extents, of all objects, whatever object maps say. A stream
-between nodes needs no such records (see :mod:`backends.rbd.changes`), and costs less.
+between nodes needs no such records (see :mod:`backends.rbd.changes`), and costs less. Only from a snapshot that was
+taken in a group, which that command cannot export from, the records are those of a stream.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from backends.rbd.binding import Image
-from backends.rbd.catalog import Catalog, RawSnapshot
+from backends.rbd.catalog import Catalog, RawSnapshot, told_from
+from backends.rbd.changes import find_changes
 from backends.rbd.cluster import Session
 from backends.rbd.context import Context
 from backends.rbd.presence import require_still_there
@@ -48,8 +50,14 @@ def open_diff(
             )
         image.set_snap_by_id(later.raw.id)
         size = image.size()
-        pieces = _read(Reader(image, size, label, cancel), _records(image, size, earlier, cancel))
-        yield _believed(context, session, volume, catalog, [s for s in (earlier, later.raw) if s is not None], pieces)
+        if earlier is not None and not earlier.user:
+            # Nor does librbd tell what differs from one that was taken in a group: it takes names alone.
+            found = find_changes(session, image, catalog.raw, earlier, later.raw).extents()
+        else:
+            found = _records(image, size, earlier, cancel)
+        needed = told_from(catalog.raw, earlier) if earlier is not None else ()
+        pieces = _read(Reader(image, size, label, cancel), found)
+        yield _believed(context, session, volume, catalog, (*needed, later.raw), pieces)
 
 
 def _believed(

@@ -156,6 +156,11 @@ def find_base(context: Context, session: Session, request: ReceiveRequest) -> Cl
             if not catalog.is_replica:
                 raise NoSuchSnapshot(f"{label} is no replica that {what} can be a clone of", hint="plan again")
             raw = catalog.require(request.base).raw
+            if not raw.user:
+                raise Unsupported(
+                    f"{request.base.name} of {label} was taken in a group, so RBD makes no clone of it for {what}",
+                    hint="`rbd flatten` the clone at its source: it is sent in full then",
+                )
             return CloneOf(place, raw, Parent(session.pool_id, place.namespace, catalog.image, raw.id))
     except NoSuchVolume as error:
         raise NoSuchSnapshot(f"{error}, so {what} cannot be a clone of it", hint="plan again") from None

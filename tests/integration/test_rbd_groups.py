@@ -19,14 +19,14 @@ from backends.rbd.binding import Binding, Group, Ioctx, load
 from backends.rbd.catalog import read_raw
 from backends.rbd.cluster import Connection
 from backends.rbd.grouping import GROUP
-from backends.rbd.naming import HIDDEN
+from backends.rbd.naming import BEFORE, HIDDEN
 from replicator.cancellation import Cancellation
-from replicator.endpoint import SendRequest, Taken
-from replicator.errors import NoSuchVolume, SnapshotHeld, StorageError, Unsupported
+from replicator.endpoint import ReceiveRequest, SendRequest, Taken
+from replicator.errors import NoSuchSnapshot, NoSuchVolume, SnapshotHeld, StorageError, Unsupported
 from replicator.model import Capability, Lineage, Role, Version, VolumeId, VolumeState
 from tests.conformance.replicas import DATA, TAG
 from tests.lab.ceph import Cluster
-from tests.support.blocks import KEY, apply
+from tests.support.blocks import KEY, apply, make_stream, make_version
 from tests.support.rbd_case import RbdCase
 from tests.support.rbd_cuts import Cut, CutBinding
 from transport import checksum
@@ -246,6 +246,64 @@ def test_differences_from_what_a_group_has(case: RbdCase, ceph: Cluster) -> None
     sent(case, "a", None, two["a"])
     assert sent(case, "b", one["b"], three["b"]) == 0
     assert clean(case, ceph)
+
+
+def test_a_diff_from_what_a_group_has(case: RbdCase) -> None:
+    """``rbd export-diff`` cannot: it would have to know the base by a name."""
+    make(case)
+    with written_between(case, "a", (12 << 20, b"short-lived"), (0, b"between")):
+        one = take(case, "one")["a"]
+    with case.image("a") as image:
+        assert [raw.grouped for raw in read_raw(image, image.id())] == [False, True]
+        image.discard(12 << 20, 4 << 20)
+        image.write(b"later", 5 << 20)
+    two = take(case, "two")["a"]
+    content, carried = bytearray(case.read_snapshot("a", one)), 0
+    assert isinstance(case.backend, RbdBackend)
+    with case.backend.diff("a", one.ref, two.ref, Cancellation()) as pieces:
+        place = 0
+        for piece in pieces:
+            place = max(place, piece.record.offset)
+            data = bytes(piece.record.length) if piece.record.zero else bytes(piece.data)
+            content[place : place + len(data)] = data
+            place, carried = place + len(data), carried + len(piece.data)
+    assert bytes(content) == case.read_snapshot("a", two)
+    assert carried < 2 << 20  # of a new object, all before its last byte
+
+
+def test_a_diff_whose_anchor_is_removed_has_no_end(case: RbdCase) -> None:
+    make(case)
+    with written_between(case, "a", (0, b"between")):
+        one = take(case, "one")["a"]
+    case.write("a", 5 << 20, b"later")
+    two = take(case, "two")["a"]
+    assert isinstance(case.backend, RbdBackend)
+    with case.backend.diff("a", one.ref, two.ref, Cancellation()) as pieces:
+        next(pieces)
+        with case.image("a") as image:
+            image.remove_snap(next(raw.name for raw in read_raw(image, image.id()) if raw.name.startswith(BEFORE)))
+        with pytest.raises(NoSuchSnapshot):
+            list(pieces)
+
+
+def test_no_replica_becomes_a_clone_of_what_a_group_has(case: RbdCase) -> None:
+    """A primary that went back to being a replica has such snapshots."""
+    make(case)
+    with written_between(case, "a", (0, b"between")):
+        one = take(case, "one")["a"]
+    case.backend.set_lineage("a", Lineage("a" * 32, Role.REPLICA, 2))
+    wanted = ReceiveRequest(
+        VolumeId("store", "copy"),
+        Lineage("c" * 32, Role.PRIMARY, 1),
+        one.ref,
+        make_version("first", SIZE),
+        KEY,
+        origin=VolumeId("store", "a"),
+    )
+    with pytest.raises(Unsupported, match="in a group") as caught, make_stream() as stream:
+        case.backend.receive(wanted, stream, Cancellation())
+    assert "rbd flatten" in caught.value.hint
+    assert case.backend.state("copy") is None
 
 
 def test_holds_and_removal_of_what_a_group_has(case: RbdCase, ceph: Cluster) -> None:
