@@ -3,7 +3,7 @@
 # make unit    the tests that run in seconds
 # make soak    the tests with the large counts in full: hours
 # make host    the tests that need no guests
-# make lab     the tests on real OpenZFS 2.1 and 2.3 in emulated guests (root; the first time builds them, 5 min each)
+# make lab     the tests on real OpenZFS 2.1 and 2.3 in guests (root; the first time builds them, some 10 min)
 # make bench   every subject beside its peers; the tables, and JSON in benchmarks/results/
 # make clean   remove what was built
 

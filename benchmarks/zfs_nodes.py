@@ -5,14 +5,16 @@ Datasets are below ``tank/src`` on node1. Ours replicates them into ``tank/dst``
 
 from __future__ import annotations
 
-import json
 import re
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from tests.lab.deploy import PYTHON, deploy
-from tests.lab.deploy import SOURCE as SOURCE_TREE
+from replicator.cancellation import Cancellation
+from replicator.client import DaemonClient
+from tests.lab.deploy import deploy
+from tests.lab.fleet import client_of
 from tests.lab.guests import Background, CommandFailed, Lab, LabError, Node
 
 REPLICATOR = "/opt/replicator/bin/replicator"
@@ -20,7 +22,7 @@ CONFIG = "/etc/replicator/replicator.toml"
 SOURCE, TARGET, PEER = "tank/src", "tank/dst", "tank/peer"
 JOB = "j"
 LONG = 3600.0
-"""Seconds: emulated machines are slow."""
+"""Seconds: filling a pool takes a while."""
 _START = 300.0
 _SNAPSHOT = "replicator_j_20261119T{:02d}{:02d}00.000Z"
 _SNAPSHOT_FORMAT = "replicator_j_20261119T%02d%02d00.000Z"
@@ -60,7 +62,7 @@ may_push_to = ["dst"]
 class Cost:
     """What something took.
 
-    :ivar cpu: seconds of processor time of both guests
+    :ivar cpu: seconds of this host's processor time that both guests used, their kernels included
     """
 
     seconds: float
@@ -79,7 +81,7 @@ class Nodes:
         """Pools, our program, and a cluster of both; the daemons run afterwards."""
         for node, rest in ((self.one, _ONE), (self.two, _TWO)):
             deploy(node)
-            node.run("zpool", "create", "-O", "mountpoint=none", "tank", "/dev/vdb", timeout=120)
+            node.run("zpool", "create", "-O", "mountpoint=none", "tank", "/dev/ubdb", timeout=120)
             node.write(CONFIG, _NODE.format(name=node.name, address=node.address()) + rest)
         self.one.run("zfs", "create", SOURCE)
         self.two.run("zfs", "create", TARGET)
@@ -144,20 +146,27 @@ class Nodes:
         node.run("sh", "-ec", script, "sh", dataset, timeout=LONG)
 
     def run_job(self, volume: str = "") -> Cost:
-        """A run of our job by the daemon, of all volumes or one."""
-        return self._timed("run", JOB, *([volume] if volume else []))
-
-    def command(self, *argv: str) -> Cost:
-        """A command on node1."""
-        return self._timed("command", *argv)
-
-    def _timed(self, *words: str) -> Cost:
-        before = self._busy(self.two)
-        said = self.one.run(PYTHON, "-m", "benchmarks.zfs_guest", *words, timeout=LONG, cwd=SOURCE_TREE).out
-        found = json.loads(said.splitlines()[-1])
-        return Cost(found["seconds"], found["cpu"] + self._busy(self.two) - before)
+        """A run of our job by the daemon, of all volumes or one; asked through its socket, as its timer starts it."""
+        with client_of(self.one, silence=LONG) as daemon:
+            return self._timed(lambda: self._run(daemon, volume))
 
     @staticmethod
-    def _busy(node: Node) -> float:
-        user, nice, system, _idle, _wait, irq, softirq = map(int, node.read("/proc/stat").split()[1:8])
-        return (user + nice + system + irq + softirq) / 100
+    def _run(daemon: DaemonClient, volume: str) -> None:
+        reports = daemon.sync(JOB, volume or None, None, lambda _: None, Cancellation())
+        failed = [f"{report.volume}: {report.message}" for report in reports if report.outcome != "ok"]
+        if failed or not reports:
+            raise LabError("; ".join(failed) or "the job has no volumes")
+
+    def command(self, *argv: str) -> Cost:
+        """A command on node1, less what it takes to start one there that does nothing."""
+        nothing = self._timed(lambda: self.one.run("true"))
+        found = self._timed(lambda: self.one.run(*argv, timeout=LONG))
+        return Cost(found.seconds - nothing.seconds, found.cpu - nothing.cpu)
+
+    def _timed(self, way: Callable[[], object]) -> Cost:
+        cpu, began = self._busy(), time.monotonic()
+        way()
+        return Cost(time.monotonic() - began, self._busy() - cpu)
+
+    def _busy(self) -> float:
+        return sum(node.processor_seconds() for node in self.nodes)

@@ -26,7 +26,7 @@ _MISSING = pytest.StashKey[dict[str, str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="run the large counts in full instead of a sample")
-    parser.addoption("--lab", action="store_true", help="run the tests in emulated guests too (tests/lab)")
+    parser.addoption("--lab", action="store_true", help="run the tests in guests too (tests/lab)")
     parser.addoption("--part", metavar="K/N", help="one of N parts of the tests, spread over all; the same each time")
     parser.addoption("--lab-attach", metavar="NAME", help="use the lab of that name that is up, and leave it up")
 

@@ -7,6 +7,7 @@ lines name the tier with its reason; with CI=true in the environment a tier that
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -50,11 +51,12 @@ def _netns() -> str:
 
 
 def _guests() -> str:
-    """Emulated machines: see tests/lab."""
+    """Machines under User-Mode Linux: see tests/lab."""
+    source = Path("/usr/src/linux-source-6.1.tar.xz")
     return (
         _netns()
-        or _command("qemu-system-x86_64", "qemu-system-x86")()
-        or _command("qemu-img", "qemu-utils")()
+        or ("" if platform.machine() == "x86_64" else "the guests' kernel is built for x86-64")
+        or ("" if source.exists() else f"no {source}: apt install linux-source-6.1 (tests/lab/zfs-lab install)")
         or _command("mmdebstrap", "mmdebstrap")()
         or ("" if Path("/dev/net/tun").exists() else "no /dev/net/tun: the guests have no networks")
     )

@@ -27,7 +27,7 @@ from replicator.errors import (
     Unsupported,
     VolumeBusy,
 )
-from replicator.model import Capability, Lineage, Role, Version, VersionRef, VolumeId, snapshot_name
+from replicator.model import Capability, Lineage, Role, Version, VersionKind, VersionRef, VolumeId, snapshot_name
 from replicator.streams import BLOCK_SIZE, DIGEST_SIZE
 from tests.conformance.test_backend import BAD_SNAPSHOTS
 from tests.support.blocks import KEY, digests_of, pattern
@@ -94,7 +94,8 @@ def test_states(case: EndpointCase) -> None:
     for name in ("one", "two", "three"):
         case.endpoint.hold(SOURCE, take(case, name).ref, TAG)
     assert case.endpoint.state(SOURCE) == case.local.state(SOURCE)
-    assert len(versions(case)) == 3
+    # A held snapshot of ZFS may have a bookmark beside it.
+    assert [v.name for v in versions(case) if v.kind is VersionKind.SNAPSHOT] == ["one", "two", "three"]
     assert case.endpoint.state(MISSING) is None
     with pytest.raises(StorageUnavailable):
         case.endpoint.state(VolumeId("absent", "two/vm"))

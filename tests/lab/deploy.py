@@ -2,8 +2,8 @@
 
 The guests' roots have a Python environment with all dependencies in /opt/replicator, which reads our source from
 /opt/replicator/src. So deploying is copying what has changed there, our C extension, and the Python files' byte code:
-both are compiled in the suite's root at this host's speed and kept by their content. (A guest takes half a minute to
-compile what our daemon imports.)
+both are compiled in the suite's root at this host's speed and kept by their content. (A guest takes
+many seconds to compile what our daemon imports.)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Replicator on several guests: one cluster, a daemon on each, ZFS storages.
 
 The daemons are asked from this host, through their sockets, as the command line asks them: to start Python and import
-that command line takes an emulated machine ten seconds and more.
+that command line takes a guest a second and more.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOOK_AGAIN = 1.5
 ANSWER_SECONDS = 30
 SILENCE_SECONDS = 60
 START_SECONDS = 300
-"""Until a daemon answers: Python starts slowly under emulation, and much slower beside other guests."""
+"""Until a daemon answers: Python starts slowly in a guest, and much slower beside other guests."""
 
 
 @dataclass
@@ -54,10 +54,7 @@ class Member:
 
     def client(self) -> DaemonClient:
         """Its daemon, to be asked from here; close it. Lasts until the guest crashes."""
-        folder = self.node.lab.folder / self.name
-        path = next(path for n in itertools.count() if not (path := folder / f"daemon-{n}").exists())
-        self.node.forward(path, SOCKET)
-        return DaemonClient(path, timeouts=Timeouts(connect=ANSWER_SECONDS, silence=SILENCE_SECONDS))
+        return client_of(self.node)
 
     def sync(self, job: str) -> tuple[RunReport, ...]:
         """Run a job and wait for it. :raises ReplicatorError: it could not be run"""
@@ -103,6 +100,14 @@ class Member:
     def zfs(self, *arguments: str, timeout: float = 120) -> str:
         """What a zfs command prints."""
         return self.node.run("zfs", *arguments, timeout=timeout).out
+
+
+def client_of(node: Node, silence: float = SILENCE_SECONDS) -> DaemonClient:
+    """The daemon of a guest, to be asked from here; close it. Lasts until the guest crashes."""
+    folder = node.lab.folder / node.name
+    path = next(path for n in itertools.count() if not (path := folder / f"daemon-{n}").exists())
+    node.forward(path, SOCKET)
+    return DaemonClient(path, timeouts=Timeouts(connect=ANSWER_SECONDS, silence=silence))
 
 
 class Run:

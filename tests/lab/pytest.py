@@ -14,7 +14,7 @@ from tests.lab.deploy import PYTHON, SOURCE, deploy
 from tests.lab.guests import SCRIPT, Lab, LabError
 
 TEST_SECONDS = 600
-"""Of one test: emulation is some five to ten times slower than the machine under it."""
+"""Of one test: system calls are some ten times slower in a guest than on the machine under it."""
 RUN_SECONDS = 3 * 3600
 
 

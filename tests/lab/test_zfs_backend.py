@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.tier("guests"), pytest.mark.timeout(guest_pytest.RUN_S
 def test_the_conformance_suites_pass(lab: Lab, soak: bool) -> None:
     (node,) = lab.nodes[:1]
     if node.run("zpool", "list", "tank", check=False).status != 0:
-        node.run("zpool", "create", "-O", "mountpoint=none", "tank", "/dev/vdb")
+        node.run("zpool", "create", "-O", "mountpoint=none", "tank", "/dev/ubdb")
     deploy.deploy(node)
     part = 1 + list(SUITES).index(lab.suite)
     sample = [] if soak else [f"--part={part}/{PARTS}"]

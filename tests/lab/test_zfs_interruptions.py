@@ -104,7 +104,7 @@ class Pair:
 def pair(lab: Lab) -> Iterator[Pair]:
     one, two = Member(lab.nodes[0], SOURCE), Member(lab.nodes[1], TARGET, 'may_push_to = ["copies"]')
     for member, root in ((one, "src"), (two, "copies")):
-        member.node.run("zpool", "create", "-O", "mountpoint=none", "tank", "/dev/vdb")
+        member.node.run("zpool", "create", "-O", "mountpoint=none", "tank", "/dev/ubdb")
         member.node.run("zfs", "create", *(["-o", "mountpoint=/src"] if root == "src" else []), f"tank/{root}")
     one.node.run("zfs", "create", DATASET)
     make_cluster([one, two])

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.tier("guests"), pytest.mark.timeout(7200)]
 SETUP = """
 set -e
 id $USER > /dev/null 2>&1 || useradd --create-home $USER
-zpool create -f -O mountpoint=none $POOL /dev/vdc
+zpool create -f -O mountpoint=none $POOL /dev/ubdc
 install -d -o $USER $FOLDER
 """
 MAKE = """

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.tier("guests"), pytest.mark.timeout(guest_pytest.RUN_S
 def test_each_ends_as_documented_and_its_way_out_works(lab: Lab, soak: bool) -> None:
     (node,) = lab.nodes[:1]
     if node.run("zpool", "list", "tank", check=False).status != 0:
-        node.run("zpool", "create", "-O", "mountpoint=none", "tank", "/dev/vdb")
+        node.run("zpool", "create", "-O", "mountpoint=none", "tank", "/dev/ubdb")
     deploy.deploy(node)
     sample = [] if soak else [f"--part={1 + list(SUITES).index(lab.suite)}/{PARTS}"]
     argv = guest_pytest.command("-q", "--lab", "tests/lab/zfs_scenarios.py", *sample)

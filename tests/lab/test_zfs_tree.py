@@ -46,7 +46,7 @@ CLONE = "home/fork"
 
 def make_tree(node: Node) -> None:
     """Thirty datasets with something in each."""
-    node.run("zpool", "create", "-O", "mountpoint=none", "-O", "compression=on", "tank", "/dev/vdb")
+    node.run("zpool", "create", "-O", "mountpoint=none", "-O", "compression=on", "tank", "/dev/ubdb")
     node.run("zfs", "create", "-o", "mountpoint=/src", "tank/src")
     for name in FILESYSTEMS:
         node.run("zfs", "create", f"tank/src/{name}")
@@ -109,7 +109,7 @@ def test_three_nodes_hold_the_same_tree(lab: Lab, count: Callable[[int, int], in
     )
     make_tree(one.node)
     for target in (two, three):
-        target.node.run("zpool", "create", "-O", "mountpoint=none", "tank", "/dev/vdb")
+        target.node.run("zpool", "create", "-O", "mountpoint=none", "tank", "/dev/ubdb")
         target.node.run("zfs", "create", "tank/copies")
     make_cluster([one, two, three])
     reports = one.sync(JOB)

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.tier("guests"), pytest.mark.long, pytest.mark.timeout(
 
 MAKE = """
 set -e
-zpool create -f -O mountpoint=none versions /dev/vdc
+zpool create -f -O mountpoint=none versions /dev/ubdc
 zfs create versions/root
 rm -rf /srv/streams; mkdir -p /srv/streams
 """

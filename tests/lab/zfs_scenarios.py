@@ -423,9 +423,9 @@ def suspend(field: Field, table: str) -> None:
 
 
 def test_a_pool_that_is_suspended_keeps_nothing_else_waiting(field: Field) -> None:
-    size = int(field.shell("blockdev --getsz /dev/vdc"))
-    field.shell("zpool destroy -f sick; dmsetup remove --retry sick; zpool labelclear -f /dev/vdc", check=False)
-    field.shell(f"dmsetup create sick --table '0 {size} linear /dev/vdc 0'")
+    size = int(field.shell("blockdev --getsz /dev/ubdc"))
+    field.shell("zpool destroy -f sick; dmsetup remove --retry sick; zpool labelclear -f /dev/ubdc", check=False)
+    field.shell(f"dmsetup create sick --table '0 {size} linear /dev/ubdc 0'")
     field.shell("zpool create -f -O mountpoint=none sick /dev/mapper/sick && zfs create sick/backup")
     config = CONFIG.replace('targets = ["there"]', 'targets = ["there", "ill"]').replace(
         "[job.vms]", '[storage.ill]\nkind = "zfs"\nroot = "sick/backup"\n[job.vms]'
@@ -450,7 +450,7 @@ def test_a_pool_that_is_suspended_keeps_nothing_else_waiting(field: Field) -> No
     assert "zpool clear sick" in said
     field.equal("ill")
     assert "pool sick is suspended" in field.replicator("check", config="ill")[1]
-    suspend(field, f"0 {size} linear /dev/vdc 0")
+    suspend(field, f"0 {size} linear /dev/ubdc 0")
     field.shell("zpool clear sick")
     assert field.replicator(*run, config="ill")[0] == 0
     newest = list(field.snapshots(field.source("ill")))[-1]

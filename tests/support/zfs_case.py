@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import subprocess
@@ -44,6 +45,18 @@ def device(dataset: str) -> Path:
         assert time.monotonic() < until, f"{path} did not appear"
         time.sleep(0.02)
     return path
+
+
+def _open_writable(path: Path) -> int:
+    """Open a zvol's device; OpenZFS 2.3 makes it writable a moment after ``zfs set readonly=off`` has returned."""
+    until = time.monotonic() + _DEVICE_DEADLINE
+    while True:
+        try:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.EROFS or time.monotonic() > until:
+                raise
+        time.sleep(0.02)
 
 
 class _Kept:
@@ -136,9 +149,13 @@ class ZfsCase(BackendCase):
 
     def write(self, volume: str, offset: int, data: bytes) -> None:
         path = device(self.dataset(volume))
-        with self._writable(volume), path.open("r+b", buffering=0) as file:
-            os.pwrite(file.fileno(), data, offset)
-            os.fsync(file.fileno())
+        with self._writable(volume):
+            fd = _open_writable(path)
+            try:
+                os.pwrite(fd, data, offset)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
     @contextlib.contextmanager
     def _writable(self, volume: str) -> Iterator[None]:
