@@ -60,6 +60,7 @@ CAPABILITIES = (
     | Capability.ATOMIC_SNAPSHOT
     | Capability.DIGESTS
     | Capability.CLONE
+    | Capability.ROLES
     | Capability.RENAME
 )
 

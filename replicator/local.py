@@ -428,6 +428,11 @@ class LocalEndpoint:
         """See :class:`~replicator.endpoint.Endpoint`."""
         volume, new = change.volume, change.lineage
         backend = self._of(volume)
+        if Capability.ROLES not in backend.capabilities:
+            raise Unsupported(
+                f"{volume} stays what it is: storage {volume.storage} ({backend.kind}) does not change roles yet",
+                hint="`replicator restore` makes any snapshot of a replica a volume of its own",
+            )
         self._check_may_change(change)
         promotes = new.role is Role.PRIMARY and change.at is not None
         if promotes and check_change(self._existing(volume), change):

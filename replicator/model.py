@@ -333,6 +333,8 @@ class Capability(Flag):
     """A clone can be sent as the difference to the snapshot that it began as, and stays a clone of it."""
     PROPERTIES = auto()
     """Volumes have properties beside their data that a replica may take over."""
+    ROLES = auto()
+    """Copies can be promoted and demoted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,7 @@ class ImageBackend(OneByOne):
     @property
     def capabilities(self) -> Capability:
         """What this storage can do; some of it only where blocks can be shared."""
-        found = Capability.SEND | Capability.RECEIVE | Capability.DIGESTS
+        found = Capability.SEND | Capability.RECEIVE | Capability.DIGESTS | Capability.ROLES
         try:
             shares = self._probe.reflink()
         except OSError:  # not there now; `info` says so

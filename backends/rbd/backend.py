@@ -61,6 +61,7 @@ CAPABILITIES = (
     | Capability.CLONE
     | Capability.ORIGINS
     | Capability.PROPERTIES
+    | Capability.ROLES
 )
 _MAX_WARNINGS = 20
 WARNINGS_AGE = 60.0

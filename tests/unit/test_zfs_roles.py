@@ -8,8 +8,10 @@ import pytest
 
 from backends.zfs import ZfsBackend
 from backends.zfs.binding import LibraryChoice
-from replicator.errors import VolumeChanged
-from replicator.model import Lineage, Role, Version
+from replicator.endpoint import RoleChange
+from replicator.errors import Unsupported, VolumeChanged
+from replicator.local import LocalEndpoint
+from replicator.model import Lineage, Role, Version, VolumeId
 from tests.support.zfs_fake import ByCommand, FakeZfs
 from transport import checksum
 
@@ -70,6 +72,16 @@ def test_what_was_written_to_stays_a_primary_that_can_be_written_to(zfs: FakeZfs
     state = backend.state("disk")
     assert state is not None
     assert state.lineage == PRIMARY
+
+
+def test_nobody_is_promoted_or_demoted_before_that_is_proven_on_real_pools(zfs: FakeZfs) -> None:
+    backend, version = prepared(zfs, REPLICA)
+    node = LocalEndpoint("one", {"store": backend})
+    change = RoleChange(VolumeId("store", "disk"), REPLICA, PRIMARY, version.ref)
+    with pytest.raises(Unsupported, match="does not change roles yet") as caught:
+        node.change_role(change)
+    assert "restore" in caught.value.hint
+    assert sets(zfs) == []
 
 
 def test_a_superseded_primary_becomes_read_only_as_it_is(zfs: FakeZfs) -> None:
