@@ -16,7 +16,7 @@ C_FILES := $(wildcard transport/*.c transport/*.h)
 LAB_TESTS = $(PYTHON) -m pytest -q --durations=10 --lab tests/lab
 SOAK =
 
-.PHONY: demo test unit soak host lab guests-2.1 guests-2.3 bench lint install clean
+.PHONY: demo test unit soak host host-ceph host-rest lab guests-2.1 guests-2.3 bench lint install clean
 .DEFAULT_GOAL := demo
 
 # From the distribution's Python, and seeing its packages: rados, rbd and pyzfs come only from there.
@@ -47,14 +47,23 @@ unit: $(VENV)/installed-test
 # All at once, as guests wait a lot; what is said of the guests comes at the end.
 test: lint
 	.ci/packages lab
-	@$(MAKE) --no-print-directory -j3 host guests-2.1 guests-2.3
+	@$(MAKE) --no-print-directory -j4 host guests-2.1 guests-2.3
 
 soak: lint
 	.ci/packages lab
-	@$(MAKE) --no-print-directory -j3 SOAK=--soak host guests-2.1 guests-2.3
+	@$(MAKE) --no-print-directory -j4 SOAK=--soak host guests-2.1 guests-2.3
 
-host: $(VENV)/installed-test
-	$(PYTHON) -m pytest -q --durations=10 $(if $(SOAK),--soak --timeout=3600)
+host: host-ceph host-rest
+
+# Those on real Ceph clusters wait a lot too.
+HOST_TESTS = $(PYTHON) -m pytest -q --durations=10 $(if $(SOAK),--soak --timeout=3600)
+
+host-ceph: $(VENV)/installed-test
+	@mkdir -p build
+	@$(HOST_TESTS) tests/integration/test_rbd_*.py > build/$@.txt 2>&1; status=$$?; echo "In $@:"; cat build/$@.txt; exit $$status
+
+host-rest: $(VENV)/installed-test
+	$(HOST_TESTS) --ignore-glob='*/integration/test_rbd_*.py'
 
 lab: $(VENV)/installed-test
 	.ci/packages lab
