@@ -22,7 +22,8 @@ from tests.lab.ceph import Cluster, Daemon
 from tests.support.rbd_case import purge
 from tests.support.sites import JOB, MIB, Site, Sites, Who, sites
 
-pytestmark = [pytest.mark.tier("ceph"), pytest.mark.timeout(900)]
+# Each waits for what a cluster takes to notice; together a quarter of an hour.
+pytestmark = [pytest.mark.tier("ceph"), pytest.mark.timeout(900), pytest.mark.long]
 SIDES = ["source", "target"]
 SLOW = 'rate_limit = "8MiB/s"\nkeep = {source = "last=8", target = "last=8"}'
 VM = "vms:vm"
@@ -104,7 +105,6 @@ def test_a_daemon_of_a_cluster_is_killed_and_started_again(pair: Sites, side: st
     converge(pair)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("daemon", ["osd", "mon"])
 @pytest.mark.parametrize("side", SIDES)
 def test_a_daemon_of_a_cluster_stays_away(pair: Sites, side: str, daemon: Daemon) -> None:
@@ -230,7 +230,6 @@ def sync_or_error(pair: Sites) -> RunReport:
         )
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("side", SIDES)
 def test_a_cluster_that_stops_answering_in_the_middle(pair: Sites, side: str) -> None:
     before = pair.common("vm")
