@@ -34,10 +34,10 @@ class _Image:
         self._inner = inner
         self._happens = happens
 
-    def aio_read(self, offset: int, length: int, oncomplete: Callable[..., None]) -> Completion:
+    def aio_read(self, offset: int, length: int, oncomplete: Callable[..., None], advice: int) -> Completion:
         while self._happens:
             self._happens.pop()()
-        return self._inner.aio_read(offset, length, oncomplete)
+        return self._inner.aio_read(offset, length, oncomplete, advice)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
