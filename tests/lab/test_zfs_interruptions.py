@@ -21,7 +21,7 @@ JOB = "cut"
 MIB = 1 << 20
 SIZE = 32 * MIB
 RATE = "1MiB/s"
-"""Slow enough to cut it in the middle, and below what an emulated node manages on a busy machine: what a power cut
+"""Slow enough to cut it in the middle, and below what a guest manages on a busy machine: what a power cut
 loses is what crossed within TXG_SECONDS and a little."""
 TXG_SECONDS = 1
 """How often ZFS makes durable what it has received. Its default is 5 s, which at this rate would be a third of SIZE."""
