@@ -7,6 +7,7 @@
 # make bench   every subject beside its peers; the tables, and JSON in benchmarks/results/
 # make clean   remove what was built
 
+SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON := $(BIN)/python
@@ -47,23 +48,26 @@ unit: $(VENV)/installed-test
 # All at once, as guests wait a lot; what is said of the guests comes at the end.
 test: lint
 	.ci/packages lab
-	@$(MAKE) --no-print-directory -j4 host guests-2.1 guests-2.3
+	@rm -f build/*.txt
+	@$(MAKE) --no-print-directory -j4 host guests-2.1 guests-2.3; status=$$?; .ci/summary; exit $$status
 
 soak: lint
 	.ci/packages lab
-	@$(MAKE) --no-print-directory -j4 SOAK=--soak host guests-2.1 guests-2.3
+	@rm -f build/*.txt
+	@$(MAKE) --no-print-directory -j4 SOAK=--soak host guests-2.1 guests-2.3; status=$$?; .ci/summary; exit $$status
 
 host: host-ceph host-rest
 
-# Those on real Ceph clusters wait a lot too.
+# Those on real Ceph clusters wait a lot too. What Ceph's libraries say is not captured: if they abort, it is the cause.
 HOST_TESTS = $(PYTHON) -m pytest -q --durations=10 $(if $(SOAK),--soak --timeout=3600)
 
 host-ceph: $(VENV)/installed-test
 	@mkdir -p build
-	@$(HOST_TESTS) tests/integration/test_rbd_*.py > build/$@.txt 2>&1; status=$$?; echo "In $@:"; cat build/$@.txt; exit $$status
+	@$(HOST_TESTS) --capture=sys tests/integration/test_rbd_*.py > build/$@.txt 2>&1; status=$$?; echo "In $@:"; cat build/$@.txt; exit $$status
 
 host-rest: $(VENV)/installed-test
-	$(HOST_TESTS) --ignore-glob='*/integration/test_rbd_*.py'
+	@mkdir -p build
+	set -o pipefail; $(HOST_TESTS) --ignore-glob='*/integration/test_rbd_*.py' | tee build/$@.txt
 
 lab: $(VENV)/installed-test
 	.ci/packages lab

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import random
 import threading
 import time
@@ -63,6 +64,7 @@ class Watch:
     :ivar equal: snapshots (volume, name) that are the same on both sides
     :ivar differ: those that are not
     :ivar unseen: those that were listed and were gone on one side before they were read there
+    :ivar log: when the guests did something
     :ivar too_little: seconds that the lag metric was below the truth, at most
     :ivar late: seconds after which it knew of what the target had, at most
     :ivar lags: of every look
@@ -70,6 +72,7 @@ class Watch:
 
     sites: Sites
     volumes: list[str]
+    log: Path
     equal: set[tuple[str, str]] = field(default_factory=set)
     differ: set[tuple[str, str]] = field(default_factory=set)
     unseen: set[tuple[str, str]] = field(default_factory=set)
@@ -121,14 +124,24 @@ class Watch:
         key = f'replicator_replica_lag_seconds{{job="{JOB}",target="b:copies",volume="vms:{volume}"}}'
         return begin, time.time(), metrics[key]
 
+    def missing_since(self, volume: str) -> float:
+        """When the first change that the target surely lacks was done; in the future, where it lacks none."""
+        newest = self.sites.target.catalog(volume).versions[-1]
+        (taken,) = (
+            s.raw.taken.time for s in self.sites.source.catalog(volume).snapshots if s.version.guid == newest.guid
+        )
+        after = taken.timestamp() + 1  # RBD says it in whole seconds
+        return min((done for begun, done in rbd_writer.times(self.log, volume) if begun > after), default=math.inf)
+
     def measure(self) -> None:
         """Compare the metric with what the target cluster has, before and after. It may say too much for a moment,
-        until the source's node has been told of what has arrived; too little never."""
+        until the source's node has been told of what has arrived; too little never: where an image had not changed
+        since its snapshot when it was looked at, it is behind since that look only, but no change is from before."""
         for volume in self.volumes:
             before, looked = self.newest(volume), time.time()
             begin, end, lag = self.lag(volume)
             self.lags.append(lag)
-            self.too_little = max(self.too_little, begin - self.newest(volume) - lag)
+            self.too_little = max(self.too_little, begin - self.missing_since(volume) - lag)
             while lag > end - before and not self.stop.is_set():
                 begin, end, lag = self.lag(volume)
                 self.late = max(self.late, begin - looked)
@@ -146,8 +159,8 @@ def test_images_under_random_writers(
         for n, volume in enumerate(volumes):
             create(pair.source.case, volume, n)
         pair.settle()
-        watch = Watch(pair, volumes)
-        guests = rbd_writer.start(pair.source.case, volumes, PAUSE)
+        watch = Watch(pair, volumes, tmp_path)
+        guests = rbd_writer.start(pair.source.case, volumes, PAUSE, tmp_path)
         threads = [threading.Thread(target=watch.run, args=(do,)) for do in (watch.compare, watch.measure)]
         for thread in threads:
             thread.start()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def disturb(image: Any, seed: random.Random) -> str:
     return what
 
 
-def guest(conf: Path, namespace: str, name: str, pause: float, stop: threading.Event) -> int:
-    """Disturb one image until ``stop``; how often."""
+def guest(conf: Path, namespace: str, name: str, pause: float, log: Path, stop: threading.Event) -> int:
+    """Disturb one image until ``stop``, and write down when; how often."""
     binding = load()
     rados: Any = binding.new_connection(conf, "admin", {})
     rados.connect()
@@ -47,19 +48,35 @@ def guest(conf: Path, namespace: str, name: str, pause: float, stop: threading.E
     try:
         with rados.open_ioctx("rbd") as ioctx:
             ioctx.set_namespace(namespace)
-            with binding.rbd.Image(ioctx, name) as image:
+            with binding.rbd.Image(ioctx, name) as image, (log / name).open("a", buffering=1) as times:
                 while not stop.wait(seed.uniform(0, 2 * pause)):
+                    begun = time.time()
                     disturb(image, seed)
+                    times.write(f"{begun} {time.time()}\n")
                     done += 1
     finally:
         rados.shutdown()
     return done
 
 
-def start(case: RbdCase, names: list[str], pause: float) -> subprocess.Popen[bytes]:
-    """Begin to disturb images; :func:`end` ends it. ``pause``: seconds between two things that are done to one."""
+def times(log: Path, name: str) -> list[tuple[float, float]]:
+    """When something was done to an image so far: when it was begun, and when it was done; seconds since the epoch."""
+    try:
+        lines = (log / name).read_text().split("\n")[:-1]
+    except FileNotFoundError:
+        return []
+    return [(float(begun), float(done)) for begun, done in map(str.split, lines)]
+
+
+def start(case: RbdCase, names: list[str], pause: float, log: Path) -> subprocess.Popen[bytes]:
+    """Begin to disturb images; :func:`end` ends it.
+
+    :param pause: seconds between two things that are done to one, on average
+    :param log: a folder for :func:`times`
+    """
+    words = (str(case.conf), case.namespace or "", str(pause), str(log), *names)
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.rbd_writer", str(case.conf), case.namespace or "", str(pause), *names],
+        [sys.executable, "-m", "tests.support.rbd_writer", *words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         cwd=Path(__file__).parents[2],
@@ -82,13 +99,13 @@ def say(word: str) -> None:
     sys.stdout.flush()
 
 
-def main(conf: str, namespace: str, pause: str, *names: str) -> None:
+def main(conf: str, namespace: str, pause: str, log: str, *names: str) -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     counts: list[int] = []
 
     def run(name: str) -> None:
-        counts.append(guest(Path(conf), namespace, name, float(pause), stop))
+        counts.append(guest(Path(conf), namespace, name, float(pause), Path(log), stop))
 
     threads = [threading.Thread(target=run, args=(name,)) for name in names]
     for thread in threads:
