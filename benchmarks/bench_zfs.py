@@ -26,7 +26,7 @@ from benchmarks.report import Result, compare
 from benchmarks.zfs_nodes import PEER, SOURCE, TARGET, Cost, Nodes
 from tests.lab.guests import SUITES, Lab
 
-DATASETS, SNAPSHOTS, ROUNDS = 50, 50, 5
+DATASETS, SNAPSHOTS, ROUNDS = 50, 50, 3
 SEND_MIB, SEND_ROUNDS = 256, 5
 SYNCOID_TARGET = 5.0
 BZFS_TARGETS = {"2.1": 1 / 0.6, "2.3": 1 / 0.5}
@@ -36,10 +36,17 @@ _SNAPSHOT = "replicator_j_20261119T090000.000Z"
 
 def _medians(ways: Mapping[str, Callable[[], Cost]], rounds: int) -> dict[str, Cost]:
     costs: dict[str, list[Cost]] = {name: [] for name in ways}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, way in ways.items():
             costs[name].append(way())
+        _say(f"round {number + 1}", {name: found[-1] for name, found in costs.items()})
     return {name: _median(each) for name, each in costs.items()}
+
+
+def _say(what: str, costs: Mapping[str, Cost]) -> None:
+    """Tell it as it comes, as it is half an hour until the table is there."""
+    found = ", ".join(f"{name} {cost.seconds:.2f} s ({cost.cpu:.2f} s of processors)" for name, cost in costs.items())
+    sys.stderr.write(f"zfs: {what}: {found}\n")
 
 
 def _median(costs: Sequence[Cost]) -> Cost:
@@ -91,6 +98,7 @@ def _sending(nodes: Nodes, version: str, quick: bool) -> list[Result]:
             pairs.append((nodes.run_job(f"src:{name}"), theirs))
         else:
             pairs.append((nodes.run_job(f"src:{name}"), nodes.command("sh", "-ec", pipe)))
+        _say(f"sending, round {number + 1}", dict(zip(("ours", "ssh"), pairs[-1], strict=True)))
         for node, gone in ((nodes.two, f"{TARGET}/node1/{name}"), (nodes.two, f"{PEER}/{name}"), (nodes.one, dataset)):
             nodes.destroy(node, gone)
     ours, peer = (_median([pair[side] for pair in pairs]) for side in (0, 1))

@@ -33,6 +33,8 @@ _OPTIONS: Mapping[str, str] = MappingProxyType(
         "rados_osd_op_timeout": str(OSD_SECONDS),
         # What is written is written once, and what is read is read once; and a write that is done is then durable.
         "rbd_cache": "false",
+        # The binding of librbd does not keep what is being written; so it has to be copied, as is the default.
+        "rbd_disable_zero_copy_writes": "true",
         # Clones need no protected parent, and may be in another namespace.
         "rbd_default_clone_format": "2",
     }

@@ -51,12 +51,14 @@ class _Write:
 
     :ivar reaches: once it and all before it are done, everything below this offset is written; None: says nothing
     :ivar flush: what it reaches is durable then
+    :ivar begin: begins it, and keeps the bytes alive until they are written, as the bindings do not
     :ivar rest: begun once this has come back; the request is done when that has
     """
 
     length: int
     reaches: int | None
     flush: bool = False
+    begin: _Begin | None = None
     rest: _Begin | None = None
     completion: Completion | None = None
 
@@ -169,6 +171,7 @@ class Writer:
 
     def _begin(self, request: _Write, begin: _Begin) -> None:
         put = self._answers.put
+        request.begin = begin
         # In librbd's own thread, where an exception would be swallowed: so nothing but this is done there.
         begin(lambda completion: put((request, completion)))
 
@@ -198,7 +201,7 @@ class Writer:
             raise _failure(self._label, -status)
         rest, request.rest = request.rest, None
         if rest is None:
-            request.completion = completion
+            request.completion, request.begin = completion, None
             return
         try:
             self._begin(request, rest)
