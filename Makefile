@@ -58,12 +58,12 @@ soak: lint
 
 host: host-ceph host-rest
 
-# Those on real Ceph clusters wait a lot too. What Ceph's libraries say is not captured: if they abort, it is the cause.
 HOST_TESTS = $(PYTHON) -m pytest -q --durations=10 $(if $(SOAK),--soak --timeout=3600)
 
+# Those on real Ceph clusters wait a lot too.
 host-ceph: $(VENV)/installed-test
 	@mkdir -p build
-	@$(HOST_TESTS) --capture=sys tests/integration/test_rbd_*.py > build/$@.txt 2>&1; status=$$?; echo "In $@:"; cat build/$@.txt; exit $$status
+	@.ci/with-ceph $(HOST_TESTS) > build/$@.txt 2>&1; status=$$?; echo "In $@:"; cat build/$@.txt; exit $$status
 
 host-rest: $(VENV)/installed-test
 	@mkdir -p build

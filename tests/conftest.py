@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,12 +23,14 @@ settings.register_profile(
 )
 
 _MISSING = pytest.StashKey[dict[str, str]]()
+_PASSED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="run the large counts in full instead of a sample")
     parser.addoption("--lab", action="store_true", help="run the tests in guests too (tests/lab)")
     parser.addoption("--part", metavar="K/N", help="one of N parts of the tests, spread over all; the same each time")
+    parser.addoption("--done", metavar="FILE", help="leave out the tests that are listed there; list those that pass")
     parser.addoption("--lab-attach", metavar="NAME", help="use the lab of that name that is up, and leave it up")
 
 
@@ -44,10 +46,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     lab = Path(__file__).with_name("lab")
     with_lab = config.getoption("--lab")
     soak = config.getoption("--soak")
+    done = _done(config)
+    passed = set(done.read_text().splitlines()) if done is not None and done.exists() else set[str]()
     wanted, parts = map(int, (config.getoption("--part") or "1/1").split("/"))
 
     def taken(item: pytest.Item) -> bool:
         if item.get_closest_marker("long") and not soak:
+            return False
+        if item.nodeid in passed:
             return False
         number = zlib.crc32(item.nodeid.encode()) % parts + 1
         return number == wanted and (with_lab or not item.path.is_relative_to(lab))
@@ -56,6 +62,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if taken(item)]
+
+
+def _done(config: pytest.Config) -> Path | None:
+    name = config.getoption("--done")
+    return Path(name) if name else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    done = _done(item.config)
+    if done is not None and report.when == "teardown" and report.passed and item.stash.get(_PASSED, False):
+        with done.open("a") as file:
+            file.write(f"{item.nodeid}\n")
+    if report.when == "call":
+        item.stash[_PASSED] = report.passed
+    return report
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
