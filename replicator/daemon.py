@@ -23,7 +23,7 @@ from replicator.settings import Job
 from replicator.upkeep import Upkeep
 from replicator.version import version
 from replicator.web.api import make_api
-from replicator.web.messages import SOCKET_NAME
+from replicator.web.messages import SOCKET_NAME, Health
 from replicator.web.server import HttpServer
 from scheduler.job import Outcome
 from scheduler.schedule import parse_schedule
@@ -210,12 +210,17 @@ class _Daemon:
             node.metrics.scheduler_tick(datetime.fromtimestamp(scheduler.last_tick, UTC))
             return node.recording.expose(node.engine.status())
 
-        socket = HttpServer(make_api(node.engine, metrics=metrics), unix=config.node.state_dir / SOCKET_NAME)
+        def health() -> Health:
+            seen = datetime.fromtimestamp(scheduler.last_tick, UTC)
+            return Health("ok", version(), seen, node.identity.expires if node.identity is not None else None)
+
+        api = make_api(node.engine, metrics=metrics, health=health)
+        socket = HttpServer(api, unix=config.node.state_dir / SOCKET_NAME)
         socket.start()
         stack.callback(socket.stop)
         if config.network.http is not None:
             address = (str(config.network.http.host), config.network.http.port)
-            http = HttpServer(make_api(node.engine, metrics=metrics, read_only=True), tcp=address)
+            http = HttpServer(make_api(node.engine, metrics=metrics, health=health, read_only=True), tcp=address)
             http.start()
             stack.callback(http.stop)
         upkeep = Upkeep(node, server)

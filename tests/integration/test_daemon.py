@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -63,6 +65,42 @@ def test_metrics_and_status_tell_the_same_and_exit_codes_are_kept(tmp_path: Path
         assert 'replicator_peer_up{peer="b"}' in text
         assert "replicator_scheduler_heartbeat_timestamp_seconds" in text
         assert "replicator_build_info" in text
+        assert 'replicator_storage_up{storage="images"} 1.0' in text
+        assert 'replicator_storage_free_bytes{storage="images"}' in text
+
+
+def test_health_of_a_daemon_that_works_stands_still_and_is_gone(tmp_path: Path) -> None:
+    with cluster(tmp_path, job='schedule = "1h"\nmax_lag = "1h"') as pair:
+        fill(pair.image, 4 * MIB)
+        pair.a.must("sync", JOB)
+        pair.until(idle)
+        deadline = time.monotonic() + 60
+        while (well := pair.a.run("health", "--volume", VOLUME)).returncode == 1 and time.monotonic() < deadline:
+            assert "peer b is down" in well.stdout  # until it is asked again
+        assert (well.returncode, well.stderr) == (0, ""), well.stdout
+        assert re.fullmatch(
+            r"REPLICATOR OK: 1 replica, .* behind \| 'lag b:replicas'=[0-9.]+s;;3600;0 .*\n", well.stdout
+        )
+        # A node that only takes replicas is well too.
+        assert pair.b.run("health").stdout.startswith("REPLICATOR OK: b replicates nothing by itself, and answers | ")
+        pair.b.stop()
+        assert pair.a.run("sync", JOB).returncode == 1
+        failed = pair.a.run("health")
+        assert failed.returncode == 1
+        assert re.match(r"REPLICATOR WARNING: images:disk.raw to b:replicas failed: .*", failed.stdout), failed.stdout
+        assert pair.a.process is not None
+        pair.a.process.send_signal(signal.SIGSTOP)
+        try:
+            still = pair.a.run("health", "--timeout", "2s")
+        finally:
+            pair.a.process.send_signal(signal.SIGCONT)
+        assert still.returncode == 2
+        assert "did not answer within 2 s" in still.stdout
+        pair.a.stop()
+        gone = pair.a.run("health")
+        assert (gone.returncode, gone.stdout) == (
+            2, "REPLICATOR CRITICAL: no daemon runs on a, so nothing is replicated by itself\n",
+        )  # fmt: skip
 
 
 def test_plan_snapshots_history_and_prune(tmp_path: Path) -> None:
