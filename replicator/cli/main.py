@@ -52,6 +52,7 @@ SECTIONS: tuple[tuple[str, tuple[Entry, ...]], ...] = (
         (
             Entry("status", "status", "How every replica is now."),
             Entry("health", "health", "Whether all is well, in one line, for Nagios and its kin."),
+            Entry("monitoring", "monitoring", "Alert rules, a dashboard and a runbook for Prometheus and Grafana."),
             Entry("plan", "observe", "What a run would do."),
             Entry("snapshots", "observe", "The snapshots of a volume, on every side."),
             Entry("history", "observe", "What happened."),
