@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 
 from replicator import checks
 from replicator.config import Config
@@ -15,7 +16,7 @@ from replicator.errors import ReplicatorError
 from replicator.history import History
 from replicator.local import LocalEndpoint
 from replicator.metrics import Metrics
-from replicator.nodes import PeerNetwork
+from replicator.nodes import PeerNetwork, job_rate, node_rate
 from replicator.recording import Recording
 from replicator.replication import Limits, Pacer
 from replicator.runs import Runner
@@ -28,18 +29,18 @@ from scheduler.schedule import system_zone
 from scheduler.state import FileStateStore
 from transport.identity import Identity
 from transport.network import cluster_address
-from transport.pacing import TokenBucket
+from transport.pacing import TimedBucket
 
 SCHEDULE_FILE = "schedule.json"
 
 
 class Pacers:
-    """The token buckets of a configuration: one a job, and one that all share."""
+    """The token buckets of a configuration: one a job, and one that all share. Their rates follow the time of day."""
 
     def __init__(self, config: Config) -> None:
-        rate = config.limits.rate_limit
-        self._shared = TokenBucket(rate) if rate else None
-        self._by_job = {job.name: TokenBucket(job.rate_limit) for job in config.jobs.values() if job.rate_limit}
+        limit = config.limits.rate_limit
+        self._shared = TimedBucket(lambda: node_rate(config)) if limit else None
+        self._by_job = {job.name: TimedBucket(partial(job_rate, job)) for job in config.jobs.values() if job.rate_limit}
 
     def __call__(self, job: Job, peer: str) -> tuple[Pacer, ...]:  # noqa: ARG002 - one bucket for all peers of a job
         """Those that hold back a transfer of ``job``."""

@@ -21,6 +21,7 @@ _TEMPLATE = """\
 # Check it with: replicator check
 # Durations and sizes carry units ("30s", "1h30min", "200MiB/s"). A volume is STORAGE:NAME.
 # Settings that begin with "#" and no space are not in force; what they show is the default, or an example.
+# Files replicator.d/*.toml beside this one are read as well: what stands there need not stand here.
 
 [node]
 name = {node}
@@ -90,6 +91,7 @@ http = {http}
 #keep = {{source = {keep_source}, target = {keep_target}}}
 # The objective: status and exit codes say when a replica is further behind.
 #max_lag = "45min"
+# Also by the time of day: ["mon..fri 08:00-18:00 = 50MiB/s", "200MiB/s"]; the first that holds counts.
 #rate_limit = "200MiB/s"
 # When replicas are read back in full and compared.
 #verify = "sun 03:00"

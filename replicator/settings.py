@@ -50,6 +50,7 @@ DEFAULT_KEEP_TARGET = "last=24 hourly=48 daily=14 weekly=8 monthly=12"
 
 _DURATION = 'write a number and its unit, for example "30s" or "1h30min"'
 _KEEP = 'write for example "last=24 daily=14"'
+_RATE = 'write for example "200MiB/s", or ["mon..fri 08:00-18:00 = 50MiB/s", "200MiB/s"]'
 _NAMES = 'write a list of storages of this node, for example ["backup"]'
 
 
@@ -187,7 +188,7 @@ class Job(Table):
     """``[job.X]``: what is replicated where, when, and what is kept.
 
     :ivar max_lag: the objective; None: the lag is only reported
-    :ivar rate_limit: bytes per second; None: unlimited
+    :ivar rate_limit: by the time of day in the job's time zone; None: unlimited
     :ivar verify: schedule of verifications; None: only by hand
     :ivar foreign_snapshots: names of snapshots that replicator did not make and that are sent as well; never destroyed
     :ivar replica_path: replicas are below the source node's name, or have the same name as their sources
@@ -204,7 +205,7 @@ class Job(Table):
     timezone: TimeZone | None = Field(None, description='write for example "Europe/Vienna"')
     keep: Keep = Field(Keep(source=DEFAULT_KEEP_SOURCE, target=DEFAULT_KEEP_TARGET), description=_KEEP)
     max_lag: Duration | None = Field(None, description=_DURATION)
-    rate_limit: Rate | None = Field(None, description='write for example "200MiB/s"')
+    rate_limit: Rate | None = Field(None, description=_RATE)
     verify: str | None = Field(None, description='write a schedule, for example "sun 03:00"')
     verify_by: Annotated[VerifyBy, Strict(False)] = Field(
         VerifyBy.AUTO, description='write "auto", "reading" or "scrub"'
@@ -243,7 +244,7 @@ class Limits(Table):
     :ivar transfers_per_pool: at once that read or write one pool of this node
     :ivar stall_timeout: a transfer whose byte counter stands still that long is cancelled and retried
     :ivar connect_timeout: for a connection including the TLS handshake
-    :ivar rate_limit: bytes per second of all transfers together; None: unlimited
+    :ivar rate_limit: of all transfers together, by the time of day on this machine; None: unlimited
     :ivar keep_history: runs and events older than this leave the history
     """
 
@@ -252,7 +253,7 @@ class Limits(Table):
     transfers_per_pool: int = Field(4, ge=1, le=64, description="write a number from 1 to 64")
     stall_timeout: Duration = Field(timedelta(minutes=2), description=_DURATION)
     connect_timeout: Duration = Field(timedelta(seconds=10), description=_DURATION)
-    rate_limit: Rate | None = Field(None, description='write for example "200MiB/s"')
+    rate_limit: Rate | None = Field(None, description=_RATE)
     keep_history: Duration = Field(timedelta(days=90), description=_DURATION)
 
 

@@ -77,6 +77,32 @@ class TokenBucket:
             left = min(left - step, self.debt())
 
 
+class TimedBucket:
+    """A bucket whose rate is asked for whenever bytes are to pass, so that it follows the time of day.
+
+    :param rate: bytes per second now, None for no limit
+    """
+
+    def __init__(self, rate: Callable[[], float | None], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate = rate
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._bucket: TokenBucket | None = None
+
+    def wait(self, size: int, cancel: Cancellation) -> None:
+        """See :meth:`TokenBucket.wait`. Who waits already is let go at the old rate, a chunk at most."""
+        rate = self._rate()
+        if rate is None:
+            return
+        with self._lock:
+            if self._bucket is None:
+                self._bucket = TokenBucket(rate, clock=self._clock)
+            elif self._bucket.rate != rate:
+                self._bucket.set_rate(rate)
+            bucket = self._bucket
+        bucket.wait(size, cancel)
+
+
 class PacedStream(ChunkStream):
     """A stream held back to the rate of all its buckets, by the bytes of its chunks."""
 

@@ -43,6 +43,7 @@ SECTIONS: tuple[tuple[str, tuple[Entry, ...]], ...] = (
             Entry("init", "setup", "Write a commented replicator.toml."),
             Entry("cluster", "cluster", "Make a cluster, add nodes to it, take them out."),
             Entry("check", "observe", "Look for what is wrong, before it matters."),
+            Entry("config", "config", "A JSON Schema of replicator.toml, for editors."),
             Entry("serve", "setup", "Run the daemon."),
             Entry("demo", "setup", "See the main job on this machine, start to finish."),
         ),
