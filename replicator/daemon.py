@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -18,7 +19,9 @@ from replicator.config import Config
 from replicator.control import RunReport
 from replicator.endpoint import Endpoint
 from replicator.errors import ReplicatorError, VolumeBusy
+from replicator.health import STALLED
 from replicator.nodes import deadlines, endpoint_for_peers, rights
+from replicator.service_manager import ServiceManager, Watchdog
 from replicator.settings import Job
 from replicator.upkeep import Upkeep
 from replicator.version import version
@@ -164,14 +167,17 @@ def run(config: Config) -> int:
     :raises ReplicatorError: it cannot start; what and why
     """
     logs.setup(config.log.format, config.log.level)
+    manager = ServiceManager(os.environ)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     daemon = _Daemon(config)
     with _only_one(config), ExitStack() as stack:
-        daemon.start(stack)
+        daemon.start(stack, manager)
         logs.event(LOG, "info", "daemon started", node=config.node.name, version=version(), jobs=len(config.jobs))
+        manager.ready(f"{config.node.name}: {len(config.jobs)} jobs, {len(config.peers)} peers")
         stopping.wait()
+        manager.stopping()
         logs.event(LOG, "info", "daemon stopping")
     logs.event(LOG, "info", "daemon stopped")
     if daemon.left:
@@ -191,8 +197,11 @@ class _Daemon:
         self._config = config
         self.left: tuple[str, ...] = ()
 
-    def start(self, stack: ExitStack) -> None:
-        """Start everything, and leave its end to ``stack``. :raises ReplicatorError: a part cannot start"""
+    def start(self, stack: ExitStack, manager: ServiceManager) -> None:
+        """Start everything, and leave its end to ``stack``. Until then ``manager`` hears that it is alive.
+
+        :raises ReplicatorError: a part cannot start
+        """
         config = self._config
         cancel = Cancellation()
         jobs = _Jobs(config, cancel)
@@ -229,6 +238,9 @@ class _Daemon:
         scheduler.start()
         stack.callback(self._stop_scheduler, scheduler)
         stack.callback(cancel.cancel)
+        watchdog = Watchdog(manager, lambda: time.time() - scheduler.last_tick < STALLED.total_seconds())
+        watchdog.start()
+        stack.callback(watchdog.stop)
         node.recording.event("daemon started", config.node.name, version())
 
     def _stop_scheduler(self, scheduler: Scheduler) -> None:
