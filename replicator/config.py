@@ -21,7 +21,7 @@ from replicator import config_checks, names
 from replicator.config_files import Document, Unreadable, parse_text, read_documents
 from replicator.errors import ConfigError, InvalidName, Problem, ReplicatorError
 from replicator.setting_types import REFUSED, Address, Target, describe, key_path, nearest
-from replicator.settings import STORAGE_KINDS, Fence, Job, Limits, Log, Network, Node, Peer, Storage, Table
+from replicator.settings import STORAGE_KINDS, Fence, Job, Limits, Log, Network, Node, Notify, Peer, Storage, Table
 
 __all__ = ["DEFAULT_PATH", "Address", "Config", "Job", "Peer", "ScheduleCheck", "Storage", "Target", "load", "parse"]
 
@@ -31,7 +31,7 @@ ScheduleCheck = Callable[[str, tzinfo | None], object]
 """Reads a schedule text in a time zone (None: this machine's) or raises ScheduleError; that is ``parse_schedule`` of
 the scheduler, which this module does not import."""
 
-_KNOWN = ("node", "network", "storage", "peer", "job", "limits", "log", "fence")
+_KNOWN = ("node", "network", "storage", "peer", "job", "limits", "log", "fence", "notify")
 _T = TypeVar("_T", bound=Table)
 
 
@@ -52,6 +52,7 @@ class Config:
     limits: Limits
     log: Log
     fence: Fence | None = None
+    notify: Notify | None = None
     warnings: tuple[Problem, ...] = ()
 
     def is_local(self, node: str) -> bool:
@@ -116,6 +117,7 @@ def _read(document: Document, check_schedule: ScheduleCheck | None, host_name: s
         limits=parts.limits,
         log=parts.log,
         fence=parts.fence,
+        notify=parts.notify,
         warnings=tuple(warnings),
     )
 
@@ -193,6 +195,7 @@ class _Reader:
             limits=self._table(Limits, document.get("limits", {}), ("limits",)),
             log=self._table(Log, document.get("log", {}), ("log",)),
             fence=self._table(Fence, document["fence"], ("fence",)) if "fence" in document else None,
+            notify=self._notify(document["notify"]) if "notify" in document else None,
         )
 
     def _node(self, document: Mapping[str, object], host_name: str | None) -> Node | None:
@@ -205,6 +208,11 @@ class _Reader:
                 self.problem("node.name", f"is missing, and the host's {error}", 'write for example name = "prox1"')
                 return None
         return self._table(Node, table, ("node",))
+
+    def _notify(self, table: object) -> Notify | None:
+        if isinstance(table, dict) and not {"command", "smtp"} & set(table):
+            self.problem("notify", "says neither command nor smtp", 'write for example command = ["mail", "root"]')
+        return self._table(Notify, table, ("notify",))
 
     def _named(self, document: Mapping[str, object], kind: str) -> list[tuple[str, object]]:
         """The tables ``[kind.NAME]`` whose names may be used."""

@@ -18,10 +18,17 @@ from pydantic_core import PydanticUndefined
 
 from replicator import units
 from replicator.selection import SnapshotPatterns
-from replicator.settings import STORAGE_KINDS, Fence, Job, Limits, Log, Network, Node, Peer, Table
+from replicator.settings import STORAGE_KINDS, Fence, Job, Limits, Log, Network, Node, Notify, Peer, Table
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-_SINGLE: Mapping[str, type[Table]] = {"node": Node, "network": Network, "limits": Limits, "log": Log, "fence": Fence}
+_SINGLE: Mapping[str, type[Table]] = {
+    "node": Node,
+    "network": Network,
+    "limits": Limits,
+    "log": Log,
+    "fence": Fence,
+    "notify": Notify,
+}
 
 
 class _Generator(GenerateJsonSchema):

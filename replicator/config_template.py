@@ -97,7 +97,10 @@ http = {http}
 #verify = "sun 03:00"
 #verify_by = "auto"
 # Commands around the snapshot; "after" always runs once "before" was started.
+# on_failure = "snapshot": if "before" fails, take one that is only crash-consistent; else ("skip") none.
 #quiesce = {{before = ["fsfreeze", "-f", "/srv"], after = ["fsfreeze", "-u", "/srv"], timeout = "10s"}}
+# A command after each run, however it ended.
+#after_run = {{command = ["logger", "a run ended"], timeout = "1min"}}
 # A volume that nobody has written to gets no snapshot ("skip"), or one all the same ("snapshot").
 #unchanged = "skip"
 # Send only the newest snapshot, or all in between as well.
@@ -122,6 +125,14 @@ http = {http}
 # Of all transfers together.
 #rate_limit = "1Gbit/s"
 #keep_history = "90d"
+
+# Tell people when a replica fails, lags, differs, is in conflict, and when it is well again.
+#[notify]
+#command = ["mail", "-s", "replicator", "root"]
+#smtp = {{server = "mail.example.org:587", sender = "us@example.org", to = ["admin@example.org"]}}
+# At least so long between two messages.
+#every = "15min"
+#timeout = "30s"
 
 #[log]
 # "text" (key=value) or "json"; debug, info, warning or error.

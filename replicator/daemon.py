@@ -21,6 +21,7 @@ from replicator.endpoint import Endpoint
 from replicator.errors import ReplicatorError, VolumeBusy
 from replicator.health import STALLED
 from replicator.nodes import deadlines, endpoint_for_peers, rights
+from replicator.notifying import Notifier
 from replicator.service_manager import ServiceManager, Watchdog
 from replicator.settings import Job
 from replicator.upkeep import Upkeep
@@ -238,6 +239,10 @@ class _Daemon:
         scheduler.start()
         stack.callback(self._stop_scheduler, scheduler)
         stack.callback(cancel.cancel)
+        if config.notify is not None:
+            notifier = Notifier(config.notify, config.node.name, node.engine.status, config.node.state_dir)
+            notifier.start()
+            stack.callback(notifier.stop)
         watchdog = Watchdog(manager, lambda: time.time() - scheduler.last_tick < STALLED.total_seconds())
         watchdog.start()
         stack.callback(watchdog.stop)

@@ -284,6 +284,24 @@ def _argument(text: str) -> str:
     return text
 
 
+_MAIL_SERVER = re.compile(r"(?:\[[0-9a-f:]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})")
+_MAIL_ADDRESS = re.compile(r"[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+")
+"""What administrators have; nothing that a header could be broken with."""
+
+
+def _mail_server(text: str) -> str:
+    match = _MAIL_SERVER.fullmatch(text)
+    if match is None or not 1 <= int(match[1]) <= 65535:
+        raise UsageError(f"{text!r} is no HOST:PORT", hint='write for example "mail.example.org:587"')
+    return text
+
+
+def _mail_address(text: str) -> str:
+    if not _MAIL_ADDRESS.fullmatch(text):
+        raise UsageError(f"{text!r} is no mail address", hint='write for example "admin@example.org"')
+    return text
+
+
 def _word(text: str) -> str:
     return names.check_word("name", text)
 
@@ -317,5 +335,8 @@ Patterns = Annotated[
 Snapshots = Annotated[SnapshotPatterns, PlainValidator(_snapshots, json_schema_input_type=list[str])]
 Overrides = Annotated[dict[str, str], AfterValidator(_override)]
 TakenOver = Annotated[tuple[str, ...], Strict(False), AfterValidator(_no_twins), AfterValidator(_taken_over)]
+MailServer = Annotated[str, _text(_mail_server)]
+MailAddress = Annotated[str, _text(_mail_address)]
+MailAddresses = Annotated[tuple[MailAddress, ...], Strict(False), AfterValidator(_not_empty), AfterValidator(_no_twins)]
 Argv = Annotated[tuple[Annotated[str, _text(_argument)], ...], Strict(False), AfterValidator(_not_empty)]
 as_source = BeforeValidator(_source, json_schema_input_type=str | list[str] | SourceForm)

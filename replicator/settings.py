@@ -29,6 +29,9 @@ from replicator.setting_types import (
     Duration,
     HttpAddress,
     KeepText,
+    MailAddress,
+    MailAddresses,
+    MailServer,
     NodeName,
     Overrides,
     Patterns,
@@ -177,11 +180,20 @@ class Quiesce(Table):
     """``quiesce`` of a job: what makes the data on the volume consistent while the snapshot is taken.
 
     :ivar timeout: for each of the two commands
+    :ivar on_failure: of ``before``: no snapshot is taken, or one that is only crash-consistent
     """
 
     before: Argv = Field(description='write a command as a list, for example ["fsfreeze", "-f", "/srv"]')
     after: Argv = Field(description='write a command as a list, for example ["fsfreeze", "-u", "/srv"]')
     timeout: Duration = Field(timedelta(seconds=10), description=_DURATION)
+    on_failure: Literal["skip", "snapshot"] = Field("skip", description='write "skip" or "snapshot"')
+
+
+class AfterRun(Table):
+    """``after_run`` of a job: a command that runs after each of its runs; see :mod:`replicator.run_hooks`."""
+
+    command: Argv = Field(description='write a command as a list, for example ["/usr/local/bin/told", "vms"]')
+    timeout: Duration = Field(timedelta(minutes=1), description=_DURATION)
 
 
 class Job(Table):
@@ -212,6 +224,9 @@ class Job(Table):
     )
     quiesce: Quiesce | None = Field(
         None, description='write for example {before = ["fsfreeze", "-f", "/srv"], after = ["fsfreeze", "-u", "/srv"]}'
+    )
+    after_run: AfterRun | None = Field(
+        None, description='write for example {command = ["/usr/local/bin/told", "vms"], timeout = "1min"}'
     )
     intermediates: Annotated[Intermediates, Strict(False)] = Field(
         Intermediates.NEWEST, description='write "newest" or "all"'
@@ -265,6 +280,38 @@ class Fence(Table):
 
     command: Argv = Field(description='write a command as a list, for example ["fence_ipmilan", "--ip=10.0.0.9"]')
     timeout: Duration = Field(timedelta(minutes=1), description=_DURATION)
+
+
+class Smtp(Table):
+    """``smtp`` of ``[notify]``: the mail server that takes messages.
+
+    :ivar tls: from the beginning (implicit), by STARTTLS, or not at all
+    :ivar password_file: its text without white space around it is the password of ``user``
+    """
+
+    server: MailServer = Field(description='write HOST:PORT, for example "mail.example.org:587"')
+    sender: MailAddress = Field(description='write for example "replicator@prox1.example.org"')
+    to: MailAddresses = Field(description='write a list of addresses, for example ["admin@example.org"]')
+    tls: Literal["starttls", "implicit", "none"] = Field(
+        "starttls", description='write "starttls", "implicit" or "none"'
+    )
+    user: str | None = Field(None, description="write the user that the server knows")
+    password_file: AbsolutePath | None = Field(None, description='write for example "/etc/replicator/mail-password"')
+
+
+class Notify(Table):
+    """``[notify]``: how people are told when a replica's state changes; see :mod:`replicator.notifying`.
+
+    :ivar every: at least so long between two messages
+    :ivar timeout: for the command, and for each answer of the mail server
+    """
+
+    command: Argv | None = Field(None, description='write a command as a list, for example ["mail", "-s", "x", "root"]')
+    smtp: Smtp | None = Field(
+        None, description='write {server = "mail:587", sender = "replicator@prox1", to = ["admin@example.org"]}'
+    )
+    every: Duration = Field(timedelta(minutes=15), description=_DURATION)
+    timeout: Duration = Field(timedelta(seconds=30), description=_DURATION)
 
 
 class Log(Table):

@@ -103,6 +103,42 @@ def test_health_of_a_daemon_that_works_stands_still_and_is_gone(tmp_path: Path) 
         )  # fmt: skip
 
 
+def test_people_and_programs_are_told_how_runs_end(tmp_path: Path) -> None:
+    """By [notify] of changes, by after_run of every run."""
+    told, ran = tmp_path / "told", tmp_path / "ran"
+
+    def noting(variable: str, path: Path) -> str:
+        return "command = " + json.dumps(["sh", "-c", f'echo "$REPLICATOR_{variable}" >> {path}'])
+
+    with cluster(
+        tmp_path,
+        job=f'schedule = "1h"\nafter_run = {{{noting("OUTCOME", ran)}}}',
+        extra_a=f'[notify]\nevery = "1s"\n{noting("SUBJECT", told)}\n',
+    ) as pair:
+        fill(pair.image, 4 * MIB)
+        pair.a.must("sync", JOB)
+        pair.b.stop()
+        for _ in range(2):
+            assert pair.a.run("sync", JOB).returncode == 1
+        lines = until_lines(told, 1)
+        assert lines == [f"replicator on a: {VOLUME} to b:replicas failed"]
+        pair.b.start()
+        pair.a.must("sync", JOB)
+        assert until_lines(told, 2)[1:] == [f"replicator on a: {VOLUME} to b:replicas recovered"]
+        assert ran.read_text().split() == ["ok", "failed", "failed", "ok"]
+
+
+def until_lines(path: Path, count: int) -> list[str]:
+    """The lines of a file, once there are so many."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        lines = path.read_text().splitlines() if path.exists() else []
+        if len(lines) >= count:
+            return lines
+        time.sleep(0.05)
+    raise AssertionError(f"{path} has not {count} lines")
+
+
 def test_plan_snapshots_history_and_prune(tmp_path: Path) -> None:
     with cluster(tmp_path, job='keep = {source = "last=2", target = "last=3"}') as pair:
         fill(pair.image, 4 * MIB)
