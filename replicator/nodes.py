@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 from replicator.config import Config
 from replicator.control import PeerStatus
 from replicator.endpoint import Endpoint, Sighting
 from replicator.errors import ConnectionLost, IdentityError, ReplicatorError, Unsupported, UsageError
 from replicator.local import LocalEndpoint, PeerView
+from replicator.rates import Rates
 from replicator.settings import Job, Peer, RbdStorage, ZfsStorage
-from scheduler.schedule import system_zone
 from transport.authorization import PeerRights
 from transport.connection import Deadlines
 from transport.identity import Identity
@@ -47,33 +47,23 @@ def rights(peer: Peer) -> PeerRights:
     )
 
 
-def node_rate(config: Config) -> int | None:
-    """The rate limit of this node now; None: there is none."""
-    limit = config.limits.rate_limit
-    return None if limit is None else limit.at(datetime.now(system_zone()))
-
-
-def job_rate(job: Job) -> int | None:
-    """The rate limit of a job now, by the clocks of its time zone; None: there is none."""
-    return None if job.rate_limit is None else job.rate_limit.at(datetime.now(job.zone or system_zone()))
-
-
-def rate_now(config: Config, job: Job | None) -> int | None:
-    """What a transfer of a job is held to now."""
-    rates = (node_rate(config), job_rate(job) if job is not None else None)
-    return min((rate for rate in rates if rate is not None), default=None)
-
-
 class PeerNetwork:
     """The :class:`~replicator.engine.Nodes` of a configuration.
 
     :param identity: of this node; None with ``problem``: why there is none
+    :param rates: that transfers are held to
     """
 
     def __init__(
-        self, config: Config, local: LocalEndpoint, identity: Identity | None, problem: ReplicatorError | None = None
+        self,
+        config: Config,
+        local: LocalEndpoint,
+        identity: Identity | None,
+        problem: ReplicatorError | None,
+        rates: Rates,
     ) -> None:
         self._config = config
+        self._rates = rates
         self._local = local
         self._identity = identity
         self._problem = problem
@@ -94,7 +84,7 @@ class PeerNetwork:
         return RemoteEndpoint(
             peer.name,
             self._pool(peer),
-            rate_limit=lambda: rate_now(self._config, job),
+            rate_limit=lambda: self._rates.of_transfer(job),
             compress=job is None or job.compress != "never",
         )
 

@@ -1,4 +1,4 @@
-"""Talks to the service manager that started the daemon: that it is ready, alive, stopping. See sd_notify(3).
+"""Talks to the service manager that started the daemon: that it is ready, alive, reloading, stopping. See sd_notify(3).
 
 The protocol is one datagram of lines ``KEY=value`` to the Unix socket that ``NOTIFY_SOCKET`` names. A manager that
 cannot be told is none of the daemon's problems. The variables are taken out of the environment: hooks do not get them.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 
@@ -34,6 +35,10 @@ class ServiceManager:
     def ready(self, status: str) -> None:
         """It is up, and does what ``status`` says."""
         self._tell("READY=1", f"STATUS={status}")
+
+    def reloading(self) -> None:
+        """It reads its configuration anew; :meth:`ready` ends that."""
+        self._tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def alive(self) -> None:
         """It still does."""

@@ -90,17 +90,27 @@ class TimedBucket:
         self._bucket: TokenBucket | None = None
 
     def wait(self, size: int, cancel: Cancellation) -> None:
-        """See :meth:`TokenBucket.wait`. Who waits already is let go at the old rate, a chunk at most."""
+        """See :meth:`TokenBucket.wait`; who waits already follows a change within :data:`LONGEST_WAIT`."""
+        bucket = self._at_rate()
+        left = 0.0 if bucket is None else bucket.take(size)
+        while left > 0:
+            step = min(left, LONGEST_WAIT)
+            if cancel.wait(step):
+                cancel.check()
+            bucket = self._at_rate()
+            left = 0.0 if bucket is None else min(left - step, bucket.debt())
+
+    def _at_rate(self) -> TokenBucket | None:
+        """The bucket at the present rate; None: there is no limit now."""
         rate = self._rate()
-        if rate is None:
-            return
         with self._lock:
+            if rate is None:
+                return None
             if self._bucket is None:
                 self._bucket = TokenBucket(rate, clock=self._clock)
             elif self._bucket.rate != rate:
                 self._bucket.set_rate(rate)
-            bucket = self._bucket
-        bucket.wait(size, cancel)
+            return self._bucket
 
 
 class PacedStream(ChunkStream):

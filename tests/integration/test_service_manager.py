@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -80,6 +81,52 @@ def test_it_hears_that_the_daemon_is_ready_alive_and_stopping(
         assert node.process.wait(30) == 0
     finally:
         node.stop()
+
+
+def test_the_configuration_is_read_anew_while_a_transfer_goes_on(
+    tmp_path: Path, manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first rate the transfer would take a quarter of an hour; it is one transfer from beginning to end."""
+    with cluster(tmp_path, job='schedule = "1h"\nrate_limit = "32KiB/s"') as pair:
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        pair.a.stop()
+        pair.a.start()
+        monkeypatch.delenv("NOTIFY_SOCKET")
+        assert manager.hears()[0] == "READY=1"
+        fill(pair.image, 32 * MIB)
+        running = subprocess.Popen(
+            pair.a.argv("sync", JOB, "--json"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        try:
+            pair.until(lambda row: row.progress is not None and row.progress.done > 0)
+            assert pair.a.process is not None
+            text = pair.a.config.read_text()
+
+            def reload(changed: str) -> str:
+                """What the log says then."""
+                assert pair.a.process is not None
+                before = len(pair.a.log.read_text())
+                pair.a.config.write_text(changed)
+                pair.a.process.send_signal(signal.SIGHUP)
+                told = manager.hears()
+                assert told[0] == "RELOADING=1"
+                assert re.fullmatch(r"MONOTONIC_USEC=[0-9]+", told[1])
+                assert manager.hears()[0] == "READY=1"
+                return pair.a.log.read_text()[before:]
+
+            wrong = reload(text.replace('"32KiB/s"', '"fast"'))
+            assert 'event="configuration not read anew"' in wrong
+            assert "job.j.rate_limit" in wrong
+            assert running.poll() is None
+            well = reload(text.replace('"32KiB/s"', '"500MiB/s"').replace('"1h"', '"2h"'))
+            assert 'event="configuration read anew" needs_restart=job.j' in well
+            output, _ = running.communicate(timeout=PATIENCE)
+        finally:
+            running.kill()
+            running.wait()
+        (report,) = json.loads(output)
+        assert (report["outcome"], report["attempts"]) == ("ok", 1)
+        pair.assert_equal()
 
 
 def test_who_does_not_come_round_is_not_alive(tmp_path: Path, manager: Manager) -> None:

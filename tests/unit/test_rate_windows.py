@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from replicator import config
 from replicator.errors import ConfigError, ReplicatorError, UsageError
-from replicator.nodes import job_rate
 from replicator.rate_windows import DAYS, RateLimit, Window
+from replicator.rates import Rates
 
 MIB = 1 << 20
 OFFICE = ("mon..fri 08:00-18:00 = 50MiB/s", "sat,sun = unlimited", "22:00-06:00 = 100MiB/s", "200MiB/s")
@@ -128,8 +128,10 @@ def test_in_the_configuration() -> None:
     now = datetime.now(UTC)
     for zone in ("Pacific/Kiritimati", "Pacific/Pago_Pago"):  # 25 hours apart: never the same day
         day = DAYS[now.astimezone(ZoneInfo(zone)).weekday()]
-        job = config.parse(CONFIG.format(zone=zone, limit=f'["{day} = 1MiB/s", "2MiB/s"]')).jobs["vms"]
-        assert job_rate(job) == MIB or datetime.now(ZoneInfo(zone)).date() != now.astimezone(ZoneInfo(zone)).date()
+        rates = Rates(config.parse(CONFIG.format(zone=zone, limit=f'["{day} = 1MiB/s", "2MiB/s"]')))
+        assert (
+            rates.of_job("vms") == MIB or datetime.now(ZoneInfo(zone)).date() != now.astimezone(ZoneInfo(zone)).date()
+        )
     for limit in ('["mon = 1MiB/s", 5]', "5", "[]", '["1MiB/s", "2MiB/s"]'):
         with pytest.raises(ConfigError) as caught:
             config.parse(CONFIG.format(zone="UTC", limit=limit))

@@ -99,3 +99,11 @@ def test_a_timed_bucket_follows_its_rate() -> None:
         del rates[0]
         rates.append(None)
     assert spent == pytest.approx([1.0, 0.0, 10.0, 1.0])
+
+
+@pytest.mark.parametrize("then", [1e6, None])
+def test_who_waits_already_follows_a_change(then: float | None) -> None:
+    clock = Clock()
+    bucket = TimedBucket(lambda: 1.0 if clock.now < 103.0 else then, clock=clock.read)
+    bucket.wait(1000, clock)
+    assert clock.now == pytest.approx(103.0, abs=0.01)
