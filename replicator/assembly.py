@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 
 from replicator import checks
 from replicator.config import Config
@@ -16,6 +17,7 @@ from replicator.history import History
 from replicator.local import LocalEndpoint
 from replicator.metrics import Metrics
 from replicator.nodes import PeerNetwork
+from replicator.rates import Rates
 from replicator.recording import Recording
 from replicator.replication import Limits, Pacer
 from replicator.runs import Runner
@@ -28,23 +30,21 @@ from scheduler.schedule import system_zone
 from scheduler.state import FileStateStore
 from transport.identity import Identity
 from transport.network import cluster_address
-from transport.pacing import TokenBucket
+from transport.pacing import TimedBucket
 
 SCHEDULE_FILE = "schedule.json"
 
 
 class Pacers:
-    """The token buckets of a configuration: one a job, and one that all share."""
+    """The token buckets of a configuration: one a job, and one that all share. Their rates are asked for each time."""
 
-    def __init__(self, config: Config) -> None:
-        rate = config.limits.rate_limit
-        self._shared = TokenBucket(rate) if rate else None
-        self._by_job = {job.name: TokenBucket(job.rate_limit) for job in config.jobs.values() if job.rate_limit}
+    def __init__(self, config: Config, rates: Rates) -> None:
+        self._shared = TimedBucket(rates.of_node)
+        self._by_job = {name: TimedBucket(partial(rates.of_job, name)) for name in config.jobs}
 
     def __call__(self, job: Job, peer: str) -> tuple[Pacer, ...]:  # noqa: ARG002 - one bucket for all peers of a job
         """Those that hold back a transfer of ``job``."""
-        found = (self._by_job.get(job.name), self._shared)
-        return tuple(bucket for bucket in found if bucket is not None)
+        return (self._by_job[job.name], self._shared)
 
 
 class IdleTimetable:
@@ -92,6 +92,7 @@ class Node:
     recording: Recording
     runner: Runner
     engine: Engine
+    rates: Rates
 
 
 def find_identity(config: Config) -> tuple[Identity | None, ReplicatorError | None]:
@@ -115,7 +116,8 @@ def assemble(config: Config, timetable: Timetable, *, daemon: bool) -> Iterator[
         local = LocalEndpoint(config.node.name, backends, zone=system_zone())
         stack.callback(local.close)
         identity, problem = find_identity(config)
-        network = PeerNetwork(config, local, identity, problem)
+        rates = Rates(config)
+        network = PeerNetwork(config, local, identity, problem, rates)
         stack.callback(network.close)
         history = History(config.node.state_dir / "history.sqlite", keep=config.limits.keep_history, thorough=daemon)
         stack.callback(history.close)
@@ -130,7 +132,7 @@ def assemble(config: Config, timetable: Timetable, *, daemon: bool) -> Iterator[
             recording,
             Slots(limits.transfers, limits.transfers_per_target, limits.transfers_per_pool),
             limits=Limits(stall=limits.stall_timeout.total_seconds()),
-            pacers=Pacers(config),
+            pacers=Pacers(config, rates),
             zone=system_zone(),
         )
 
@@ -138,7 +140,7 @@ def assemble(config: Config, timetable: Timetable, *, daemon: bool) -> Iterator[
             return tuple(_findings(config, local, network, identity, problem, runner))
 
         engine = Engine(config, network, runner, timetable, recording, daemon=daemon, check=check)
-        yield Node(config, local, network, identity, problem, history, metrics, recording, runner, engine)
+        yield Node(config, local, network, identity, problem, history, metrics, recording, runner, engine, rates)
 
 
 def _findings(

@@ -13,13 +13,12 @@ from replicator.config import Config
 from replicator.control import Finding, Level, PeerStatus
 from replicator.endpoint import Endpoint
 from replicator.errors import ReplicatorError
+from replicator.health import EXPIRY_WARNING
 from replicator.model import Capability, Lack, StorageInfo, StreamKind
 from replicator.tasks import Tasks
 
 MAX_CLOCK_DIFFERENCE = 2.0
 """Seconds; lag is the age of a snapshot by the source's clock, so clocks that differ make it wrong by as much."""
-EXPIRY_WARNING = timedelta(days=20)
-"""A certificate is renewed 30 days before it expires; one that is nearer to its end than this was not."""
 LOW_SPACE = 0.1
 
 

@@ -39,7 +39,7 @@ from replicator.control import (
 from replicator.errors import ConnectionLost, DaemonUnreachable, DeadlineExceeded, ProtocolError
 from replicator.verification import Resync, Verification
 from replicator.web import messages
-from replicator.web.messages import SOCKET_NAME, Event, Failure
+from replicator.web.messages import SOCKET_NAME, Event, Failure, Health
 
 __all__ = ["SOCKET_NAME", "DaemonClient", "Timeouts", "daemon_answers"]
 
@@ -128,6 +128,11 @@ class DaemonClient:
     def status(self) -> Status:
         """See :meth:`Control.status <replicator.control.Control.status>`, as for all that follow."""
         found: Status = self._ask("GET", "status", messages.STATUS)
+        return found
+
+    def health(self) -> Health:
+        """That it answers, and what it says of itself."""
+        found: Health = self._ask("GET", "health", messages.HEALTH)
         return found
 
     def plan(self, job: str | None) -> tuple[PlannedReplica, ...]:

@@ -7,7 +7,6 @@ Each problem has the file, the key, what is wrong and what would be right. What 
 from __future__ import annotations
 
 import socket
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import tzinfo
@@ -19,21 +18,20 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from replicator import config_checks, names
+from replicator.config_files import Document, Unreadable, parse_text, read_documents
 from replicator.errors import ConfigError, InvalidName, Problem, ReplicatorError
 from replicator.setting_types import REFUSED, Address, Target, describe, key_path, nearest
-from replicator.settings import STORAGE_KINDS, Fence, Job, Limits, Log, Network, Node, Peer, Storage, Table
+from replicator.settings import STORAGE_KINDS, Fence, Job, Limits, Log, Network, Node, Notify, Peer, Storage, Table
 
 __all__ = ["DEFAULT_PATH", "Address", "Config", "Job", "Peer", "ScheduleCheck", "Storage", "Target", "load", "parse"]
 
 DEFAULT_PATH = Path("/etc/replicator/replicator.toml")
-MAX_BYTES = 4 * 1024 * 1024
-"""A larger file was not meant to be a configuration."""
 
 ScheduleCheck = Callable[[str, tzinfo | None], object]
 """Reads a schedule text in a time zone (None: this machine's) or raises ScheduleError; that is ``parse_schedule`` of
 the scheduler, which this module does not import."""
 
-_KNOWN = ("node", "network", "storage", "peer", "job", "limits", "log", "fence")
+_KNOWN = ("node", "network", "storage", "peer", "job", "limits", "log", "fence", "notify")
 _T = TypeVar("_T", bound=Table)
 
 
@@ -54,6 +52,7 @@ class Config:
     limits: Limits
     log: Log
     fence: Fence | None = None
+    notify: Notify | None = None
     warnings: tuple[Problem, ...] = ()
 
     def is_local(self, node: str) -> bool:
@@ -68,36 +67,18 @@ class Config:
 def load(
     path: str | Path = DEFAULT_PATH, *, check_schedule: ScheduleCheck | None = None, host_name: str | None = None
 ) -> Config:
-    """Read a configuration file.
+    """Read a configuration: a file, and those of the drop-in directory beside it (:mod:`replicator.config_files`).
 
     :param check_schedule: reads the schedules; None leaves them unchecked
     :param host_name: the default of ``[node] name``; None: this machine's
-    :raises ConfigError: the file is not there or not readable, or anything in it is wrong; ``problems`` has it all
+    :raises ConfigError: a file is not there or not readable, or anything in it is wrong; ``problems`` has it all
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise _failed(
-            path,
-            [
-                Problem(
-                    str(path), "", "there is no such file", "make one with: replicator init, or name one with --config"
-                )
-            ],
-        ) from None
-    except OSError as error:
-        remedy = "make it readable for this user" if isinstance(error, PermissionError) else "name a file with --config"
-        raise _failed(path, [Problem(str(path), "", f"cannot be read: {error.strerror}", remedy)]) from None
-    if len(data) > MAX_BYTES:
-        raise _failed(path, [Problem(str(path), "", f"is larger than {MAX_BYTES} bytes", "name a configuration file")])
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise _failed(path, [Problem(str(path), f"line {line}", "is not UTF-8", "save the file as UTF-8")]) from None
-    return parse(text, path=path, check_schedule=check_schedule, host_name=host_name)
+        document = read_documents(path)
+    except Unreadable as error:
+        raise _failed(path, error.problems) from None
+    return _read(document, check_schedule, host_name)
 
 
 def parse(
@@ -110,22 +91,20 @@ def parse(
     """As :func:`load`, from a text; ``path`` is what problems name."""
     path = Path(path)
     try:
-        document = tomllib.loads(text)
-    except RecursionError:
-        nested = Problem(str(path), "", "is nested too deeply", "no table of it has more than three levels")
-        raise _failed(path, [nested]) from None
-    except tomllib.TOMLDecodeError as error:
-        cause, _, place = str(error).rpartition(" (at ")
-        where = place.rstrip(")") if cause else ""
-        raise _failed(
-            path, [Problem(str(path), where, cause or str(error), "correct the TOML syntax there, or just above")]
-        ) from None
-    reader = _Reader(str(path))
-    parts = reader.read(document, host_name)
+        document = Document(path, parse_text(text, path))
+    except Unreadable as error:
+        raise _failed(path, error.problems) from None
+    return _read(document, check_schedule, host_name)
+
+
+def _read(document: Document, check_schedule: ScheduleCheck | None, host_name: str | None) -> Config:
+    path = document.path
+    reader = _Reader(document)
+    parts = reader.read(document.tables, host_name)
     warnings: list[Problem] = []
     if check_schedule is not None:
         _check_schedules(parts, check_schedule, reader.problem)
-    config_checks.check(parts, reader.problem, lambda *told: warnings.append(Problem(str(path), *told)))
+    config_checks.check(parts, reader.problem, lambda *told: warnings.append(Problem(document.file_of(told[0]), *told)))
     if reader.problems or parts.node is None or parts.network is None or parts.limits is None or parts.log is None:
         raise _failed(path, reader.problems)
     return Config(
@@ -138,6 +117,7 @@ def parse(
         limits=parts.limits,
         log=parts.log,
         fence=parts.fence,
+        notify=parts.notify,
         warnings=tuple(warnings),
     )
 
@@ -173,13 +153,13 @@ def _known(word: str, known: Iterable[str]) -> str:
 class _Reader:
     """Reads tables one by one and gathers what is wrong with them."""
 
-    def __init__(self, file: str) -> None:
-        self.file = file
+    def __init__(self, document: Document) -> None:
+        self.file_of = document.file_of
         self.problems: list[Problem] = []
 
     def problem(self, key: str, message: str, remedy: str) -> None:
         """Note a problem."""
-        self.problems.append(Problem(self.file, key, message, remedy))
+        self.problems.append(Problem(self.file_of(key), key, message, remedy))
 
     def read(self, document: Mapping[str, object], host_name: str | None) -> config_checks.Parts:
         """All tables; None stands for one that is wrong."""
@@ -215,6 +195,7 @@ class _Reader:
             limits=self._table(Limits, document.get("limits", {}), ("limits",)),
             log=self._table(Log, document.get("log", {}), ("log",)),
             fence=self._table(Fence, document["fence"], ("fence",)) if "fence" in document else None,
+            notify=self._notify(document["notify"]) if "notify" in document else None,
         )
 
     def _node(self, document: Mapping[str, object], host_name: str | None) -> Node | None:
@@ -227,6 +208,11 @@ class _Reader:
                 self.problem("node.name", f"is missing, and the host's {error}", 'write for example name = "prox1"')
                 return None
         return self._table(Node, table, ("node",))
+
+    def _notify(self, table: object) -> Notify | None:
+        if isinstance(table, dict) and not {"command", "smtp"} & set(table):
+            self.problem("notify", "says neither command nor smtp", 'write for example command = ["mail", "root"]')
+        return self._table(Notify, table, ("notify",))
 
     def _named(self, document: Mapping[str, object], kind: str) -> list[tuple[str, object]]:
         """The tables ``[kind.NAME]`` whose names may be used."""

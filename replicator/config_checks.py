@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from replicator.selection import overlap
 from replicator.setting_types import Target, key_path, nearest
-from replicator.settings import Fence, ImageStorage, Job, Limits, Log, Network, Node, Peer, RbdStorage, Storage
+from replicator.settings import Fence, ImageStorage, Job, Limits, Log, Network, Node, Notify, Peer, RbdStorage, Storage
 
 Report = Callable[[str, str, str], None]
 """Takes key, what is wrong, and what would be right."""
@@ -33,6 +33,7 @@ class Parts:
     limits: Limits | None
     log: Log | None
     fence: Fence | None = None
+    notify: Notify | None = None
 
 
 def right(tables: Mapping[str, _T | None]) -> dict[str, _T]:
@@ -49,6 +50,18 @@ def check(parts: Parts, problem: Report, warning: Report) -> None:
     for job in right(parts.jobs).values():
         _check_job(parts, job, problem, warning)
     _check_overlaps(right(parts.jobs).values(), problem, warning)
+    if parts.notify is not None:
+        _check_notify(parts.notify, problem)
+
+
+def _check_notify(notify: Notify, problem: Report) -> None:
+    smtp = notify.smtp
+    if smtp is None:
+        return
+    if (smtp.user is None) != (smtp.password_file is None):
+        problem("notify.smtp", "has only one of user and password_file", "write both, or none")
+    if smtp.user is not None and smtp.tls == "none":
+        problem("notify.smtp.tls", "the password would cross the network in the clear", 'write tls = "starttls"')
 
 
 def _check_network(parts: Parts, network: Network, problem: Report, warning: Report) -> None:

@@ -21,6 +21,7 @@ _TEMPLATE = """\
 # Check it with: replicator check
 # Durations and sizes carry units ("30s", "1h30min", "200MiB/s"). A volume is STORAGE:NAME.
 # Settings that begin with "#" and no space are not in force; what they show is the default, or an example.
+# Files replicator.d/*.toml beside this one are read as well: what stands there need not stand here.
 
 [node]
 name = {node}
@@ -90,12 +91,16 @@ http = {http}
 #keep = {{source = {keep_source}, target = {keep_target}}}
 # The objective: status and exit codes say when a replica is further behind.
 #max_lag = "45min"
+# Also by the time of day: ["mon..fri 08:00-18:00 = 50MiB/s", "200MiB/s"]; the first that holds counts.
 #rate_limit = "200MiB/s"
 # When replicas are read back in full and compared.
 #verify = "sun 03:00"
 #verify_by = "auto"
 # Commands around the snapshot; "after" always runs once "before" was started.
+# on_failure = "snapshot": if "before" fails, take one that is only crash-consistent; else ("skip") none.
 #quiesce = {{before = ["fsfreeze", "-f", "/srv"], after = ["fsfreeze", "-u", "/srv"], timeout = "10s"}}
+# A command after each run, however it ended.
+#after_run = {{command = ["logger", "a run ended"], timeout = "1min"}}
 # A volume that nobody has written to gets no snapshot ("skip"), or one all the same ("snapshot").
 #unchanged = "skip"
 # Send only the newest snapshot, or all in between as well.
@@ -120,6 +125,14 @@ http = {http}
 # Of all transfers together.
 #rate_limit = "1Gbit/s"
 #keep_history = "90d"
+
+# Tell people when a replica fails, lags, differs, is in conflict, and when it is well again.
+#[notify]
+#command = ["mail", "-s", "replicator", "root"]
+#smtp = {{server = "mail.example.org:587", sender = "us@example.org", to = ["admin@example.org"]}}
+# At least so long between two messages.
+#every = "15min"
+#timeout = "30s"
 
 #[log]
 # "text" (key=value) or "json"; debug, info, warning or error.

@@ -43,6 +43,7 @@ class ReplicaStatus:
     :ivar sent: bytes over the network in that run
     :ivar failures: consecutive ones
     :ivar message: what is wrong, and ``hint`` what to do; "" when all is well
+    :ivar differing: bytes that are known to differ from the source, in the snapshot in which that was found last
     """
 
     job: str
@@ -62,6 +63,7 @@ class ReplicaStatus:
     message: str = ""
     hint: str = ""
     progress: Progress | None = None
+    differing: int = 0
 
     @property
     def misses_objective(self) -> bool:

@@ -6,24 +6,29 @@ import fcntl
 import logging
 import os
 import signal
-import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from queue import SimpleQueue
 
 from replicator import logs
 from replicator.assembly import SCHEDULE_FILE, Node, assemble
 from replicator.cancellation import Cancellation
-from replicator.config import Config
+from replicator.config import Config, load
 from replicator.control import RunReport
 from replicator.endpoint import Endpoint
 from replicator.errors import ReplicatorError, VolumeBusy
+from replicator.health import STALLED
 from replicator.nodes import deadlines, endpoint_for_peers, rights
+from replicator.notifying import Notifier
+from replicator.reloading import taken_over, waiting
+from replicator.service_manager import ServiceManager, Watchdog
 from replicator.settings import Job
 from replicator.upkeep import Upkeep
 from replicator.version import version
 from replicator.web.api import make_api
-from replicator.web.messages import SOCKET_NAME
+from replicator.web.messages import SOCKET_NAME, Health
 from replicator.web.server import HttpServer
 from scheduler.job import Outcome
 from scheduler.schedule import parse_schedule
@@ -159,19 +164,26 @@ class _Jobs:
 
 
 def run(config: Config) -> int:
-    """Run until SIGTERM or SIGINT; the exit code.
+    """Run until SIGTERM or SIGINT; the exit code. SIGHUP has the configuration read anew.
 
     :raises ReplicatorError: it cannot start; what and why
     """
     logs.setup(config.log.format, config.log.level)
-    stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
+    manager = ServiceManager(os.environ)
+    told: SimpleQueue[int] = SimpleQueue()  # which a handler may put into while the same thread takes
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, _: told.put(number))
     daemon = _Daemon(config)
     with _only_one(config), ExitStack() as stack:
-        daemon.start(stack)
+        daemon.start(stack, manager)
         logs.event(LOG, "info", "daemon started", node=config.node.name, version=version(), jobs=len(config.jobs))
-        stopping.wait()
+        status = f"{config.node.name}: {len(config.jobs)} jobs, {len(config.peers)} peers"
+        manager.ready(status)
+        while told.get() == signal.SIGHUP:
+            manager.reloading()
+            daemon.reload()
+            manager.ready(status)
+        manager.stopping()
         logs.event(LOG, "info", "daemon stopping")
     logs.event(LOG, "info", "daemon stopped")
     if daemon.left:
@@ -189,10 +201,15 @@ class _Daemon:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._node: Node | None = None
+        self._notifier: Notifier | None = None
         self.left: tuple[str, ...] = ()
 
-    def start(self, stack: ExitStack) -> None:
-        """Start everything, and leave its end to ``stack``. :raises ReplicatorError: a part cannot start"""
+    def start(self, stack: ExitStack, manager: ServiceManager) -> None:
+        """Start everything, and leave its end to ``stack``. Until then ``manager`` hears that it is alive.
+
+        :raises ReplicatorError: a part cannot start
+        """
         config = self._config
         cancel = Cancellation()
         jobs = _Jobs(config, cancel)
@@ -210,12 +227,17 @@ class _Daemon:
             node.metrics.scheduler_tick(datetime.fromtimestamp(scheduler.last_tick, UTC))
             return node.recording.expose(node.engine.status())
 
-        socket = HttpServer(make_api(node.engine, metrics=metrics), unix=config.node.state_dir / SOCKET_NAME)
+        def health() -> Health:
+            seen = datetime.fromtimestamp(scheduler.last_tick, UTC)
+            return Health("ok", version(), seen, node.identity.expires if node.identity is not None else None)
+
+        api = make_api(node.engine, metrics=metrics, health=health)
+        socket = HttpServer(api, unix=config.node.state_dir / SOCKET_NAME)
         socket.start()
         stack.callback(socket.stop)
         if config.network.http is not None:
             address = (str(config.network.http.host), config.network.http.port)
-            http = HttpServer(make_api(node.engine, metrics=metrics, read_only=True), tcp=address)
+            http = HttpServer(make_api(node.engine, metrics=metrics, health=health, read_only=True), tcp=address)
             http.start()
             stack.callback(http.stop)
         upkeep = Upkeep(node, server)
@@ -224,7 +246,46 @@ class _Daemon:
         scheduler.start()
         stack.callback(self._stop_scheduler, scheduler)
         stack.callback(cancel.cancel)
+        self._node = node
+        self._notify(config)
+        stack.callback(self._notify, None)
+        watchdog = Watchdog(manager, lambda: time.time() - scheduler.last_tick < STALLED.total_seconds())
+        watchdog.start()
+        stack.callback(watchdog.stop)
         node.recording.event("daemon started", config.node.name, version())
+
+    def reload(self) -> None:
+        """Read the configuration anew, and take over what can be; one that is wrong changes nothing."""
+        assert self._node is not None  # noqa: S101 - it was started
+        try:
+            new = load(self._config.path, check_schedule=parse_schedule)
+        except ReplicatorError as error:
+            logs.event(LOG, "error", "configuration not read anew", error=error)
+            return
+        before, self._config = self._config, taken_over(self._config, new)
+        self._node.rates.use(self._config)
+        if self._config.log != before.log:
+            logs.setup(self._config.log.format, self._config.log.level)
+        if self._config.notify != before.notify:
+            self._notify(self._config)
+        waits = waiting(self._config, new)
+        logs.event(
+            LOG,
+            "warning" if waits else "info",
+            "configuration read anew",
+            needs_restart=", ".join(waits) or None,
+        )
+        self._node.recording.event("configuration read anew", self._config.node.name, ", ".join(waits))
+
+    def _notify(self, config: Config | None) -> None:
+        """Tell people from now on as this configuration says; None: not any more."""
+        if self._notifier is not None:
+            self._notifier.stop()
+            self._notifier = None
+        if config is not None and config.notify is not None and self._node is not None:
+            status = self._node.engine.status
+            self._notifier = Notifier(config.notify, config.node.name, status, config.node.state_dir)
+            self._notifier.start()
 
     def _stop_scheduler(self, scheduler: Scheduler) -> None:
         self.left = scheduler.stop(STOP_SECONDS)

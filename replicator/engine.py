@@ -268,6 +268,7 @@ class Engine:
             if replica.message or not replica.mismatches
             else mismatches.ways_out(replica.key.volume, replica.key.target, replica.mismatches),
             progress=replica.progress,
+            differing=replica.mismatches[-1].differing if replica.mismatches else 0,
         )
 
     # -- planning

@@ -20,6 +20,7 @@ import select
 import shlex
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -37,22 +38,37 @@ GRACE = timedelta(seconds=2)
 """Between SIGTERM and SIGKILL."""
 
 
-def run(argv: Sequence[str], timeout: timedelta, *, name: str, environment: Mapping[str, str] | None = None) -> str:
+def run(
+    argv: Sequence[str],
+    timeout: timedelta,
+    *,
+    name: str,
+    environment: Mapping[str, str] | None = None,
+    text: str = "",
+) -> str:
     """Run a hook to its end; what it wrote to standard output and error, the last ``MAX_OUTPUT`` bytes.
 
     :param name: what messages call it, for example ``hook "before" of job vms``
     :param environment: set beside the daemon's own
+    :param text: on its standard input
     :raises HookFailed: it could not be started, took longer than ``timeout``, or ended with another status than 0
     """
-    return _finish(_start(argv, name, environment or {}), argv, timeout, name)
+    if not text:
+        return _finish(_start(argv, name, environment or {}), argv, timeout, name)
+    with tempfile.TemporaryFile() as file:  # a hook that does not read it blocks nobody, as it would with a pipe
+        file.write(text.encode())
+        file.seek(0)
+        return _finish(_start(argv, name, environment or {}, file.fileno()), argv, timeout, name)
 
 
-def _start(argv: Sequence[str], name: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(
+    argv: Sequence[str], name: str, environment: Mapping[str, str], stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
     try:
         # Its own session: a group that can be signalled as a whole, and no terminal to ask anybody anything.
         return subprocess.Popen(
             list(argv),
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},

@@ -25,6 +25,7 @@ from prometheus_client.metrics_core import Metric as Family
 from replicator.control import State
 from replicator.history import BAD, Outcome
 from replicator.metrics_table import METRICS, Metric, markdown
+from replicator.model import StorageInfo
 from replicator.version import version
 
 STATES = tuple(state.value.replace(" ", "_") for state in State)
@@ -58,6 +59,7 @@ class _Replica:
     rate: float | None = None
     verified: datetime | None = None
     mismatched: int = 0
+    superseded: bool = False
 
 
 @dataclass(slots=True)
@@ -146,11 +148,21 @@ class Metrics:
         with self._lock:
             self._store.replica(job, volume, target).state = state
 
-    def recall(self, job: str, volume: str, target: str, *, failures: int, last_success: datetime | None) -> None:
+    def recall(
+        self,
+        job: str,
+        volume: str,
+        target: str,
+        *,
+        failures: int,
+        last_success: datetime | None,
+        superseded: bool = False,
+    ) -> None:
         """What the history says of the time before this process."""
         with self._lock:
             replica = self._store.replica(job, volume, target)
             replica.failures = failures
+            replica.superseded = superseded
             replica.last_success = last_success
 
     def recall_verified(self, job: str, volume: str, target: str, verified: datetime, *, mismatched_bytes: int) -> None:
@@ -186,6 +198,7 @@ class Metrics:
             self._store.observe("replicator_run_duration_seconds", route, seconds)
             if outcome == Outcome.OK:
                 replica.failures = 0
+                replica.superseded = False
                 replica.last_success = self._clock()
             elif outcome in BAD:
                 replica.failures += 1
@@ -212,6 +225,11 @@ class Metrics:
         with self._lock:
             self._store.replica(job, volume, target).mismatched = mismatched_bytes
 
+    def superseded(self, job: str, volume: str, target: str) -> None:
+        """The target refused a run: another copy was promoted since. So it stays until a run succeeds."""
+        with self._lock:
+            self._store.replica(job, volume, target).superseded = True
+
     # -- the rest of the node
 
     def set_next_run(self, job: str, moment: datetime | None) -> None:
@@ -230,6 +248,16 @@ class Metrics:
         with self._lock:
             self._store.values["replicator_copy_primary"] = {(name,): float(primary) for name, primary, _ in found}
             self._store.values["replicator_copy_epoch"] = {(name,): float(epoch) for name, _, epoch in found}
+
+    def set_storages(self, storages: Iterable[StorageInfo]) -> None:
+        """All storages of this node, as they are now. One that is not there has neither size nor free bytes."""
+        found = list(storages)
+        there = [info for info in found if info.total > 0]
+        with self._lock:
+            values = self._store.values
+            values["replicator_storage_up"] = {(info.name,): float(info.total > 0) for info in found}
+            values["replicator_storage_free_bytes"] = {(info.name,): float(info.free) for info in there}
+            values["replicator_storage_size_bytes"] = {(info.name,): float(info.total) for info in there}
 
     def peer(self, name: str, up: bool, round_trip: float | None, clock_difference: float | None) -> None:
         """A peer of the configuration was asked.
@@ -290,6 +318,7 @@ class Metrics:
                 ("last_success_timestamp_seconds", _stamp(replica.last_success)),
                 ("last_verification_timestamp_seconds", _stamp(replica.verified)),
                 ("mismatched_bytes", None if replica.verified is None else replica.mismatched),
+                ("superseded", float(replica.superseded)),
             ):
                 if value is not None:
                     found[f"replicator_replica_{name}"][key] = value

@@ -85,6 +85,12 @@ METRICS = (
         REPLICA,
         "Bytes in blocks that are known to differ from the source, in the snapshot in which that was found last.",
     ),
+    Metric(
+        "replicator_replica_superseded",
+        "gauge",
+        REPLICA,
+        "1 if the target refused a run because another copy was promoted since, until a run succeeds again.",
+    ),
     Metric("replicator_runs_total", "counter", (*ROUTE, "outcome"), "Runs by outcome, one for each volume."),
     Metric(
         "replicator_run_duration_seconds",
@@ -128,6 +134,9 @@ METRICS = (
         ("volume",),
         "The epoch of this node's copy, raised by each promotion: alert if a primary has another than its replicas.",
     ),
+    Metric("replicator_storage_up", "gauge", ("storage",), "1 if this node's storage is there, 0 if it is not."),
+    Metric("replicator_storage_free_bytes", "gauge", ("storage",), "Free bytes of a storage, as targets can use them."),
+    Metric("replicator_storage_size_bytes", "gauge", ("storage",), "Size of a storage."),
     Metric("replicator_peer_up", "gauge", ("peer",), "1 if the peer answered lately."),
     Metric("replicator_peer_round_trip_seconds", "gauge", ("peer",), "Round-trip time of the last heartbeat."),
     Metric(

@@ -11,6 +11,7 @@ from replicator.control import PeerStatus
 from replicator.endpoint import Endpoint, Sighting
 from replicator.errors import ConnectionLost, IdentityError, ReplicatorError, Unsupported, UsageError
 from replicator.local import LocalEndpoint, PeerView
+from replicator.rates import Rates
 from replicator.settings import Job, Peer, RbdStorage, ZfsStorage
 from transport.authorization import PeerRights
 from transport.connection import Deadlines
@@ -50,12 +51,19 @@ class PeerNetwork:
     """The :class:`~replicator.engine.Nodes` of a configuration.
 
     :param identity: of this node; None with ``problem``: why there is none
+    :param rates: that transfers are held to
     """
 
     def __init__(
-        self, config: Config, local: LocalEndpoint, identity: Identity | None, problem: ReplicatorError | None = None
+        self,
+        config: Config,
+        local: LocalEndpoint,
+        identity: Identity | None,
+        problem: ReplicatorError | None,
+        rates: Rates,
     ) -> None:
         self._config = config
+        self._rates = rates
         self._local = local
         self._identity = identity
         self._problem = problem
@@ -73,11 +81,10 @@ class PeerNetwork:
         if self._config.is_local(node):
             return self._local
         peer = self._peer(node)
-        rates = [r for r in (self._config.limits.rate_limit, job.rate_limit if job else None) if r is not None]
         return RemoteEndpoint(
             peer.name,
             self._pool(peer),
-            rate_limit=lambda: min(rates, default=None),
+            rate_limit=lambda: self._rates.of_transfer(job),
             compress=job is None or job.compress != "never",
         )
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 from replicator.config import Config
 from replicator.control import HistoryEntry, RunReport, Status
+from replicator.errors import StaleEpoch
 from replicator.history import Check, Difference, Event, History, Run
 from replicator.metrics import Metrics
 from replicator.model import Progress, Version
@@ -61,6 +62,8 @@ class Recording:
         self._metrics.run_finished(
             report.job, report.volume, report.target, report.outcome, report.seconds, report.done, report.sent
         )
+        if report.code == StaleEpoch.code:
+            self._metrics.superseded(report.job, report.volume, report.target)
 
     def transfer_progress(self, key: ReplicaKey, progress: Progress | None) -> None:
         """See Recorder."""
@@ -110,7 +113,8 @@ class Recording:
             return {"mismatches": known}
         last, success = summary.last_run, summary.last_success
         last_sync = success.finished if success else None
-        self._metrics.recall(key.job, key.volume, key.target, failures=summary.failures, last_success=last_sync)
+        superseded = last.code == StaleEpoch.code
+        self._metrics.recall(*route, failures=summary.failures, last_success=last_sync, superseded=superseded)
         return {
             "failures": summary.failures,
             "last_sync": last_sync,

@@ -31,6 +31,9 @@ class Recorder(Protocol):
     def replicas_gone(self, keys: Iterable[ReplicaKey]) -> None:
         """These are no longer replicated."""
 
+    def event(self, kind: str, subject: str, message: str = "") -> None:
+        """Anything else worth remembering."""
+
 
 class Reporter:
     """Tells the tracker and a recorder the same, and the log how runs end. Thread-safe."""

@@ -10,6 +10,7 @@ others. Everything a run needs to know it reads from the storages. What happens 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,13 +18,16 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from datetime import UTC, datetime, tzinfo
 
+from replicator import logs
 from replicator.cancellation import Cancellation
 from replicator.control import Listener, Note, RunReport
+from replicator.errors import HookFailed, ReplicatorError
 from replicator.model import VolumeId
 from replicator.planning import Common
 from replicator.pruning import Pruner, source_request
 from replicator.replication import Limits, Options, Pacer
 from replicator.reporting import Recorder, Reporter
+from replicator.run_hooks import after_run
 from replicator.settings import Job
 from replicator.settling import RunListing
 from replicator.snapshotting import Snapshots, Snapshotted
@@ -32,6 +36,8 @@ from replicator.task_runs import Done, TaskRuns
 from replicator.tasks import Network, Task, Tasks
 from replicator.tracker import ReplicaKey, Tracker
 from replicator.turns import Slots, Turns
+
+LOG = logging.getLogger(__name__)
 
 WORKERS = 16
 """Threads of a run for each target; how many transfers run at once is for the slots. Those that wait for a slow target
@@ -64,9 +70,10 @@ class Runner:
         self.tracker = tracker
         self.tasks = Tasks(network, reporter)
         self.surveys = Surveys(reporter, clock)
-        self.snapshots = Snapshots(network, clock)
+        self.snapshots = Snapshots(network, clock, recorder.event)
         self.turns = Turns(network, slots, tracker)
         self._network = network
+        self._recorder = recorder
         self._limits = limits
         self._pacers = pacers
         self._clock = clock
@@ -80,10 +87,30 @@ class Runner:
     def run(
         self, job: Job, volume: str | None, target: str | None, listen: Listener, cancel: Cancellation
     ) -> tuple[RunReport, ...]:
-        """Snapshot, replicate, prune. Every failure is in the reports, one a task.
+        """Snapshot, replicate, prune, and run the job's hook. Every failure is in the reports, one a task.
 
         :raises ReplicatorError: the volumes of the job cannot be listed, or there is no such volume or target
         """
+        try:
+            reports = self._run(job, volume, target, listen, cancel)
+        except ReplicatorError as error:
+            self._after_run(job, (), error)
+            raise
+        self._after_run(job, reports, None)
+        return reports
+
+    def _after_run(self, job: Job, reports: Sequence[RunReport], error: ReplicatorError | None) -> None:
+        if job.after_run is None:
+            return
+        try:
+            after_run(job.after_run, job.name, reports, error)
+        except HookFailed as failure:
+            logs.event(LOG, "error", "hook failed", job=job.name, hook="after_run", error=failure)
+            self._recorder.event("hook failed", job.name, str(failure))
+
+    def _run(
+        self, job: Job, volume: str | None, target: str | None, listen: Listener, cancel: Cancellation
+    ) -> tuple[RunReport, ...]:
         began = time.monotonic()
         tasks = self.tasks.of(job, volume, target)
         as_of = self._clock()

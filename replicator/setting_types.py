@@ -17,11 +17,12 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, PlainValidator, Strict, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainValidator, Strict, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from replicator import names, retention, units
 from replicator.errors import ReplicatorError, UsageError
+from replicator.rate_windows import RateLimit
 from replicator.selection import Pattern, SnapshotPatterns
 from replicator.zfs_properties import RESERVED, TAKEN_OVER
 
@@ -127,7 +128,7 @@ def _text(parse: Callable[[str], object]) -> PlainValidator:
         except ReplicatorError as error:
             raise refused(str(error), error.hint) from None
 
-    return PlainValidator(read)
+    return PlainValidator(read, json_schema_input_type=str)
 
 
 def _network(text: str) -> IPv4Network | IPv6Network:
@@ -198,6 +199,25 @@ def _source(value: object, info: ValidationInfo) -> object:
     return value
 
 
+class SourceForm(BaseModel):
+    """A job's source as a table, as the file may have it; for the schema only."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    node: str | None = None
+    volumes: str | list[str]
+
+
+def _rate_limit(value: object) -> RateLimit:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise refused(f"is {describe(value)}, but must be a text in quotes, or a list of them")
+    try:
+        return RateLimit.parse(texts)
+    except ReplicatorError as error:
+        raise refused(str(error), error.hint) from None
+
+
 def _snapshots(value: object) -> SnapshotPatterns:
     if not isinstance(value, list | tuple):
         raise refused(f"is {describe(value)}, but must be a list")
@@ -264,13 +284,31 @@ def _argument(text: str) -> str:
     return text
 
 
+_MAIL_SERVER = re.compile(r"(?:\[[0-9a-f:]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})")
+_MAIL_ADDRESS = re.compile(r"[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+")
+"""What administrators have; nothing that a header could be broken with."""
+
+
+def _mail_server(text: str) -> str:
+    match = _MAIL_SERVER.fullmatch(text)
+    if match is None or not 1 <= int(match[1]) <= 65535:
+        raise UsageError(f"{text!r} is no HOST:PORT", hint='write for example "mail.example.org:587"')
+    return text
+
+
+def _mail_address(text: str) -> str:
+    if not _MAIL_ADDRESS.fullmatch(text):
+        raise UsageError(f"{text!r} is no mail address", hint='write for example "admin@example.org"')
+    return text
+
+
 def _word(text: str) -> str:
     return names.check_word("name", text)
 
 
 # A TOML list becomes a tuple (that alone is not strict); what is in it is taken strictly as its type.
 Duration = Annotated[timedelta, _text(units.parse_duration)]
-Rate = Annotated[int, _text(units.parse_rate)]
+Rate = Annotated[RateLimit, PlainValidator(_rate_limit, json_schema_input_type=str | list[str])]
 AbsolutePath = Annotated[Path, _text(_absolute)]
 Devices = dict[Annotated[str, _text(names.check_volume)], Annotated[Path, _text(_device)]]
 Dataset = Annotated[str, _text(_dataset)]
@@ -283,7 +321,7 @@ HttpAddress = Annotated[Address | None, _text(_http)]
 TimeZone = Annotated[str, _text(_zone)]
 KeepText = Annotated[str, _text(_keep)]
 Targets = Annotated[
-    tuple[Annotated[Target, PlainValidator(_target)], ...],
+    tuple[Annotated[Target, PlainValidator(_target, json_schema_input_type=str)], ...],
     Strict(False),
     AfterValidator(_not_empty),
     AfterValidator(_no_twins),
@@ -294,8 +332,11 @@ Patterns = Annotated[
     AfterValidator(_not_empty),
     AfterValidator(_some_included),
 ]
-Snapshots = Annotated[SnapshotPatterns, PlainValidator(_snapshots)]
+Snapshots = Annotated[SnapshotPatterns, PlainValidator(_snapshots, json_schema_input_type=list[str])]
 Overrides = Annotated[dict[str, str], AfterValidator(_override)]
 TakenOver = Annotated[tuple[str, ...], Strict(False), AfterValidator(_no_twins), AfterValidator(_taken_over)]
+MailServer = Annotated[str, _text(_mail_server)]
+MailAddress = Annotated[str, _text(_mail_address)]
+MailAddresses = Annotated[tuple[MailAddress, ...], Strict(False), AfterValidator(_not_empty), AfterValidator(_no_twins)]
 Argv = Annotated[tuple[Annotated[str, _text(_argument)], ...], Strict(False), AfterValidator(_not_empty)]
-as_source = BeforeValidator(_source)
+as_source = BeforeValidator(_source, json_schema_input_type=str | list[str] | SourceForm)

@@ -29,6 +29,9 @@ from replicator.setting_types import (
     Duration,
     HttpAddress,
     KeepText,
+    MailAddress,
+    MailAddresses,
+    MailServer,
     NodeName,
     Overrides,
     Patterns,
@@ -50,6 +53,7 @@ DEFAULT_KEEP_TARGET = "last=24 hourly=48 daily=14 weekly=8 monthly=12"
 
 _DURATION = 'write a number and its unit, for example "30s" or "1h30min"'
 _KEEP = 'write for example "last=24 daily=14"'
+_RATE = 'write for example "200MiB/s", or ["mon..fri 08:00-18:00 = 50MiB/s", "200MiB/s"]'
 _NAMES = 'write a list of storages of this node, for example ["backup"]'
 
 
@@ -176,18 +180,27 @@ class Quiesce(Table):
     """``quiesce`` of a job: what makes the data on the volume consistent while the snapshot is taken.
 
     :ivar timeout: for each of the two commands
+    :ivar on_failure: of ``before``: no snapshot is taken, or one that is only crash-consistent
     """
 
     before: Argv = Field(description='write a command as a list, for example ["fsfreeze", "-f", "/srv"]')
     after: Argv = Field(description='write a command as a list, for example ["fsfreeze", "-u", "/srv"]')
     timeout: Duration = Field(timedelta(seconds=10), description=_DURATION)
+    on_failure: Literal["skip", "snapshot"] = Field("skip", description='write "skip" or "snapshot"')
+
+
+class AfterRun(Table):
+    """``after_run`` of a job: a command that runs after each of its runs; see :mod:`replicator.run_hooks`."""
+
+    command: Argv = Field(description='write a command as a list, for example ["/usr/local/bin/told", "vms"]')
+    timeout: Duration = Field(timedelta(minutes=1), description=_DURATION)
 
 
 class Job(Table):
     """``[job.X]``: what is replicated where, when, and what is kept.
 
     :ivar max_lag: the objective; None: the lag is only reported
-    :ivar rate_limit: bytes per second; None: unlimited
+    :ivar rate_limit: by the time of day in the job's time zone; None: unlimited
     :ivar verify: schedule of verifications; None: only by hand
     :ivar foreign_snapshots: names of snapshots that replicator did not make and that are sent as well; never destroyed
     :ivar replica_path: replicas are below the source node's name, or have the same name as their sources
@@ -204,13 +217,16 @@ class Job(Table):
     timezone: TimeZone | None = Field(None, description='write for example "Europe/Vienna"')
     keep: Keep = Field(Keep(source=DEFAULT_KEEP_SOURCE, target=DEFAULT_KEEP_TARGET), description=_KEEP)
     max_lag: Duration | None = Field(None, description=_DURATION)
-    rate_limit: Rate | None = Field(None, description='write for example "200MiB/s"')
+    rate_limit: Rate | None = Field(None, description=_RATE)
     verify: str | None = Field(None, description='write a schedule, for example "sun 03:00"')
     verify_by: Annotated[VerifyBy, Strict(False)] = Field(
         VerifyBy.AUTO, description='write "auto", "reading" or "scrub"'
     )
     quiesce: Quiesce | None = Field(
         None, description='write for example {before = ["fsfreeze", "-f", "/srv"], after = ["fsfreeze", "-u", "/srv"]}'
+    )
+    after_run: AfterRun | None = Field(
+        None, description='write for example {command = ["/usr/local/bin/told", "vms"], timeout = "1min"}'
     )
     intermediates: Annotated[Intermediates, Strict(False)] = Field(
         Intermediates.NEWEST, description='write "newest" or "all"'
@@ -243,7 +259,7 @@ class Limits(Table):
     :ivar transfers_per_pool: at once that read or write one pool of this node
     :ivar stall_timeout: a transfer whose byte counter stands still that long is cancelled and retried
     :ivar connect_timeout: for a connection including the TLS handshake
-    :ivar rate_limit: bytes per second of all transfers together; None: unlimited
+    :ivar rate_limit: of all transfers together, by the time of day on this machine; None: unlimited
     :ivar keep_history: runs and events older than this leave the history
     """
 
@@ -252,7 +268,7 @@ class Limits(Table):
     transfers_per_pool: int = Field(4, ge=1, le=64, description="write a number from 1 to 64")
     stall_timeout: Duration = Field(timedelta(minutes=2), description=_DURATION)
     connect_timeout: Duration = Field(timedelta(seconds=10), description=_DURATION)
-    rate_limit: Rate | None = Field(None, description='write for example "200MiB/s"')
+    rate_limit: Rate | None = Field(None, description=_RATE)
     keep_history: Duration = Field(timedelta(days=90), description=_DURATION)
 
 
@@ -264,6 +280,38 @@ class Fence(Table):
 
     command: Argv = Field(description='write a command as a list, for example ["fence_ipmilan", "--ip=10.0.0.9"]')
     timeout: Duration = Field(timedelta(minutes=1), description=_DURATION)
+
+
+class Smtp(Table):
+    """``smtp`` of ``[notify]``: the mail server that takes messages.
+
+    :ivar tls: from the beginning (implicit), by STARTTLS, or not at all
+    :ivar password_file: its text without white space around it is the password of ``user``
+    """
+
+    server: MailServer = Field(description='write HOST:PORT, for example "mail.example.org:587"')
+    sender: MailAddress = Field(description='write for example "replicator@prox1.example.org"')
+    to: MailAddresses = Field(description='write a list of addresses, for example ["admin@example.org"]')
+    tls: Literal["starttls", "implicit", "none"] = Field(
+        "starttls", description='write "starttls", "implicit" or "none"'
+    )
+    user: str | None = Field(None, description="write the user that the server knows")
+    password_file: AbsolutePath | None = Field(None, description='write for example "/etc/replicator/mail-password"')
+
+
+class Notify(Table):
+    """``[notify]``: how people are told when a replica's state changes; see :mod:`replicator.notifying`.
+
+    :ivar every: at least so long between two messages
+    :ivar timeout: for the command, and for each answer of the mail server
+    """
+
+    command: Argv | None = Field(None, description='write a command as a list, for example ["mail", "-s", "x", "root"]')
+    smtp: Smtp | None = Field(
+        None, description='write {server = "mail:587", sender = "replicator@prox1", to = ["admin@example.org"]}'
+    )
+    every: Duration = Field(timedelta(minutes=15), description=_DURATION)
+    timeout: Duration = Field(timedelta(seconds=30), description=_DURATION)
 
 
 class Log(Table):

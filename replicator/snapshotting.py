@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 
-from replicator import hooks
+from replicator import hooks, logs
 from replicator.cancellation import Cancellation
 from replicator.endpoint import Endpoint, SnapshotRequest
-from replicator.errors import ReplicatorError
+from replicator.errors import HookFailed, ReplicatorError
 from replicator.model import Capability, Role, Version, VolumeId, snapshot_name
 from replicator.planning import Common
 from replicator.settings import Job
 from replicator.settling import heads, heads_of, places, settled_in
 from replicator.tasks import Network, Task
 from replicator.tracker import ReplicaKey
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +39,13 @@ class Snapshots:
     """Takes the snapshots of jobs.
 
     :param clock: of the names of snapshots
+    :param event: told what is worth remembering: kind, subject, message
     """
 
-    def __init__(self, network: Network, clock: Callable[[], datetime]) -> None:
+    def __init__(self, network: Network, clock: Callable[[], datetime], event: Callable[[str, str, str], None]) -> None:
         self._network = network
         self._clock = clock
+        self._event = event
 
     def take(
         self,
@@ -58,7 +63,8 @@ class Snapshots:
 
         Raises nothing of the storages: one volume that fails does not keep the others from being protected.
 
-        :raises HookFailed: then nothing that was snapshotted is sure to be consistent
+        :raises HookFailed: then nothing that was snapshotted is sure to be consistent; not for ``before`` where the
+            job takes crash-consistent snapshots then
         """
         source = at or self._network.endpoint(job.source.node)
         failed: dict[VolumeId, ReplicatorError] = {}
@@ -73,15 +79,19 @@ class Snapshots:
         if not ready:
             return failed
         name = snapshot_name(job.name, self._clock())
-        with _quiesced(job, volumes) if at is None else nullcontext():
-            for request in _requests(source, ready, name, failed):
-                cancel.check()
-                try:
-                    taken = source.snapshot(request)
-                except ReplicatorError as error:
-                    failed |= dict.fromkeys(request.volumes, error)
-                else:
-                    failed |= {each.volume: each.error for each in taken if each.error is not None}
+        requests = _requests(source, ready, name, failed)
+        quiet = False
+        try:
+            with _quiesced(job, volumes) if at is None else nullcontext():
+                quiet = True
+                failed |= _take(source, requests, cancel)
+        except HookFailed as error:
+            if quiet or job.quiesce is None or job.quiesce.on_failure == "skip":
+                raise
+            # "after" has run by now, so nothing is half frozen.
+            logs.event(LOG, "warning", "snapshots are only crash-consistent", job=job.name, error=error)
+            self._event("snapshots are only crash-consistent", job.name, str(error))
+            failed |= _take(source, requests, cancel)
         return failed
 
     def take_changed(self, job: Job, tasks: Sequence[Task], cancel: Cancellation) -> Snapshotted:
@@ -153,6 +163,22 @@ def _quiesced(job: Job, volumes: Sequence[VolumeId]) -> AbstractContextManager[N
     return hooks.quiesced(
         quiesce.before, quiesce.after, quiesce.timeout, job=job.name, volumes=[str(v) for v in volumes]
     )
+
+
+def _take(
+    source: Endpoint, requests: Sequence[SnapshotRequest], cancel: Cancellation
+) -> dict[VolumeId, ReplicatorError]:
+    """Take snapshots; which volumes have none, and why. :raises Cancelled: it was stopped"""
+    failed: dict[VolumeId, ReplicatorError] = {}
+    for request in requests:
+        cancel.check()
+        try:
+            taken = source.snapshot(request)
+        except ReplicatorError as error:
+            failed |= dict.fromkeys(request.volumes, error)
+        else:
+            failed |= {each.volume: each.error for each in taken if each.error is not None}
+    return failed
 
 
 def _requests(

@@ -154,7 +154,8 @@ def _begun(task: Task) -> RunReport:
 
 
 def _failure(report: RunReport, error: ReplicatorError, outcome: str) -> RunReport:
-    return replace(report, outcome=outcome, message=str(error), hint=error.hint, code=error.code)
+    code = StaleEpoch.code if _says_superseded(error) else error.code
+    return replace(report, outcome=outcome, message=str(error), hint=error.hint, code=code)
 
 
 def _needed(replication: Replication, task: Task) -> frozenset[str]:

@@ -26,6 +26,8 @@ REFRESH = 600.0
 """Seconds between two listings of all replicas; runs list their own anyway."""
 RENEW = 6 * 3600.0
 HISTORY = 24 * 3600.0
+STORAGES = 30.0
+"""Seconds between two looks at how full the storages are."""
 LEFTOVERS = 6 * 3600.0
 """Seconds between two searches of all volumes for holds that nothing needs any more."""
 TRIM = 15.0
@@ -50,6 +52,7 @@ class Upkeep:
         self._repeat("history", HISTORY, self._node.history.prune)
         self._repeat("leftovers", LEFTOVERS, self._leftovers)
         self._repeat("memory", TRIM, _trim_memory)
+        self._repeat("storages", STORAGES, self._measure)
         identity = self._node.identity
         if identity is not None:
             self._repeat("probe", PROBE, lambda: self._probe(identity))
@@ -78,6 +81,10 @@ class Upkeep:
         thread = threading.Thread(target=run, name=f"upkeep-{name}", daemon=True)
         self._threads.append(thread)
         thread.start()
+
+    def _measure(self) -> None:
+        """Not at each scrape: a storage in trouble may take long to answer."""
+        self._node.metrics.set_storages(self._node.local.storages())
 
     def _leftovers(self) -> None:
         node = self._node

@@ -110,6 +110,8 @@ PROBES: dict[str, Callable[[], str]] = {
     "btrfs": _mountable("btrfs", "mkfs.btrfs", "btrfs-progs", 160 << 20),
     "ext4": _mountable("ext4", "mkfs.ext4", "e2fsprogs", 32 << 20),
     "sshd": _command("sshd", "openssh-server"),
+    "systemd": _command("systemd-analyze", "systemd"),
+    "strace": _command("strace", "strace"),
     "promtool": _command("promtool", "prometheus"),
     "zfs": _zfs,
     "ceph": _ceph,

@@ -77,6 +77,42 @@ class TokenBucket:
             left = min(left - step, self.debt())
 
 
+class TimedBucket:
+    """A bucket whose rate is asked for whenever bytes are to pass, so that it follows the time of day.
+
+    :param rate: bytes per second now, None for no limit
+    """
+
+    def __init__(self, rate: Callable[[], float | None], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate = rate
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._bucket: TokenBucket | None = None
+
+    def wait(self, size: int, cancel: Cancellation) -> None:
+        """See :meth:`TokenBucket.wait`; who waits already follows a change within :data:`LONGEST_WAIT`."""
+        bucket = self._at_rate()
+        left = 0.0 if bucket is None else bucket.take(size)
+        while left > 0:
+            step = min(left, LONGEST_WAIT)
+            if cancel.wait(step):
+                cancel.check()
+            bucket = self._at_rate()
+            left = 0.0 if bucket is None else min(left - step, bucket.debt())
+
+    def _at_rate(self) -> TokenBucket | None:
+        """The bucket at the present rate; None: there is no limit now."""
+        rate = self._rate()
+        with self._lock:
+            if rate is None:
+                return None
+            if self._bucket is None:
+                self._bucket = TokenBucket(rate, clock=self._clock)
+            elif self._bucket.rate != rate:
+                self._bucket.set_rate(rate)
+            return self._bucket
+
+
 class PacedStream(ChunkStream):
     """A stream held back to the rate of all its buckets, by the bytes of its chunks."""
 

@@ -43,6 +43,7 @@ SECTIONS: tuple[tuple[str, tuple[Entry, ...]], ...] = (
             Entry("init", "setup", "Write a commented replicator.toml."),
             Entry("cluster", "cluster", "Make a cluster, add nodes to it, take them out."),
             Entry("check", "observe", "Look for what is wrong, before it matters."),
+            Entry("config", "config", "A JSON Schema of replicator.toml, for editors."),
             Entry("serve", "setup", "Run the daemon."),
             Entry("demo", "setup", "See the main job on this machine, start to finish."),
         ),
@@ -51,6 +52,8 @@ SECTIONS: tuple[tuple[str, tuple[Entry, ...]], ...] = (
         "See",
         (
             Entry("status", "status", "How every replica is now."),
+            Entry("health", "health", "Whether all is well, in one line, for Nagios and its kin."),
+            Entry("monitoring", "monitoring", "Alert rules, a dashboard and a runbook for Prometheus and Grafana."),
             Entry("plan", "observe", "What a run would do."),
             Entry("snapshots", "observe", "The snapshots of a volume, on every side."),
             Entry("history", "observe", "What happened."),
@@ -241,7 +244,7 @@ def main(context: click.Context) -> None:
     or work alone where none runs.
 
     Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 done, but an objective is missed (a replica lags,
-    or is not equal to its source).
+    or is not equal to its source). `health` has those of monitoring plugins.
     """
     context.ensure_object(App)
 

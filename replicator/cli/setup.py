@@ -84,7 +84,8 @@ def _write_new(path: Path, text: str) -> None:
 @click.pass_obj
 def serve(app: App) -> int:
     """Run the daemon of this node: it replicates by schedule, takes replicas of its peers, answers the other verbs, and
-    serves metrics. Logs to stderr. SIGTERM ends transfers where the next run continues.
+    serves metrics. Logs to stderr. SIGTERM ends transfers where the next run continues; SIGHUP has the
+    configuration read anew.
 
     \b
     Examples:

@@ -106,10 +106,21 @@ def _refuse_http(_request: Request, error: Exception) -> Response:
     return _failure(errors.UsageError(f"the API answers: {text}", hint="see /api/v1/openapi.json"), status)
 
 
-def make_api(control: Control, *, metrics: Callable[[], bytes], read_only: bool = False) -> FastAPI:
+def _answers() -> Health:
+    return Health("ok", version())
+
+
+def make_api(
+    control: Control,
+    *,
+    metrics: Callable[[], bytes],
+    health: Callable[[], Health] = _answers,
+    read_only: bool = False,
+) -> FastAPI:
     """The application.
 
     :param metrics: makes the text of ``GET /metrics``
+    :param health: what the daemon says of itself
     :param read_only: only health, status and metrics, as on the TCP listener
     """
     app = FastAPI(
@@ -131,7 +142,7 @@ def make_api(control: Control, *, metrics: Callable[[], bytes], read_only: bool 
     def get_metrics() -> Response:
         return Response(metrics(), headers={"content-type": CONTENT_TYPE_LATEST})
 
-    app.include_router(_state(control))
+    app.include_router(_state(control, health))
     if not read_only:
         app.include_router(_questions(control))
         app.include_router(_orders(control))
@@ -146,13 +157,13 @@ def works_of(app: FastAPI) -> Works:
     return works
 
 
-def _state(control: Control) -> APIRouter:
+def _state(control: Control, says: Callable[[], Health]) -> APIRouter:
     """What anybody may read who reaches the listener."""
     router = APIRouter(prefix=messages.PREFIX, tags=["read"])
 
     @router.get("/health", summary="Whether the daemon answers", response_model=Health)
     def health() -> Response:
-        return _answer(messages.HEALTH, Health("ok", version()))
+        return _answer(messages.HEALTH, says())
 
     @router.get("/status", summary="What every replica is like now", response_model=Status)
     def status() -> Response:

@@ -12,6 +12,7 @@ event a line::
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import pydantic_core
@@ -52,10 +53,16 @@ INTERNAL = "internal"
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """That the daemon answers, and which version of it."""
+    """That the daemon answers, and which version of it.
+
+    :ivar scheduler_seen: when its scheduler last came round
+    :ivar certificate_expires: None: this node has none
+    """
 
     status: str
     version: str
+    scheduler_seen: datetime | None = None
+    certificate_expires: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

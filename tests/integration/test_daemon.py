@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -63,6 +65,78 @@ def test_metrics_and_status_tell_the_same_and_exit_codes_are_kept(tmp_path: Path
         assert 'replicator_peer_up{peer="b"}' in text
         assert "replicator_scheduler_heartbeat_timestamp_seconds" in text
         assert "replicator_build_info" in text
+        assert 'replicator_storage_up{storage="images"} 1.0' in text
+        assert 'replicator_storage_free_bytes{storage="images"}' in text
+
+
+def test_health_of_a_daemon_that_works_stands_still_and_is_gone(tmp_path: Path) -> None:
+    with cluster(tmp_path, job='schedule = "1h"\nmax_lag = "1h"') as pair:
+        fill(pair.image, 4 * MIB)
+        pair.a.must("sync", JOB)
+        pair.until(idle)
+        deadline = time.monotonic() + 60
+        while (well := pair.a.run("health", "--volume", VOLUME)).returncode == 1 and time.monotonic() < deadline:
+            assert "peer b is down" in well.stdout  # until it is asked again
+        assert (well.returncode, well.stderr) == (0, ""), well.stdout
+        assert re.fullmatch(
+            r"REPLICATOR OK: 1 replica, .* behind \| 'lag b:replicas'=[0-9.]+s;;3600;0 .*\n", well.stdout
+        )
+        # A node that only takes replicas is well too.
+        assert pair.b.run("health").stdout.startswith("REPLICATOR OK: b replicates nothing by itself, and answers | ")
+        pair.b.stop()
+        assert pair.a.run("sync", JOB).returncode == 1
+        failed = pair.a.run("health")
+        assert failed.returncode == 1
+        assert re.match(r"REPLICATOR WARNING: images:disk.raw to b:replicas failed: .*", failed.stdout), failed.stdout
+        assert pair.a.process is not None
+        pair.a.process.send_signal(signal.SIGSTOP)
+        try:
+            still = pair.a.run("health", "--timeout", "2s")
+        finally:
+            pair.a.process.send_signal(signal.SIGCONT)
+        assert still.returncode == 2
+        assert "did not answer within 2 s" in still.stdout
+        pair.a.stop()
+        gone = pair.a.run("health")
+        assert (gone.returncode, gone.stdout) == (
+            2, "REPLICATOR CRITICAL: no daemon runs on a, so nothing is replicated by itself\n",
+        )  # fmt: skip
+
+
+def test_people_and_programs_are_told_how_runs_end(tmp_path: Path) -> None:
+    """By [notify] of changes, by after_run of every run."""
+    told, ran = tmp_path / "told", tmp_path / "ran"
+
+    def noting(variable: str, path: Path) -> str:
+        return "command = " + json.dumps(["sh", "-c", f'echo "$REPLICATOR_{variable}" >> {path}'])
+
+    with cluster(
+        tmp_path,
+        job=f'schedule = "1h"\nafter_run = {{{noting("OUTCOME", ran)}}}',
+        extra_a=f'[notify]\nevery = "1s"\n{noting("SUBJECT", told)}\n',
+    ) as pair:
+        fill(pair.image, 4 * MIB)
+        pair.a.must("sync", JOB)
+        pair.b.stop()
+        for _ in range(2):
+            assert pair.a.run("sync", JOB).returncode == 1
+        lines = until_lines(told, 1)
+        assert lines == [f"replicator on a: {VOLUME} to b:replicas failed"]
+        pair.b.start()
+        pair.a.must("sync", JOB)
+        assert until_lines(told, 2)[1:] == [f"replicator on a: {VOLUME} to b:replicas recovered"]
+        assert ran.read_text().split() == ["ok", "failed", "failed", "ok"]
+
+
+def until_lines(path: Path, count: int) -> list[str]:
+    """The lines of a file, once there are so many."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        lines = path.read_text().splitlines() if path.exists() else []
+        if len(lines) >= count:
+            return lines
+        time.sleep(0.05)
+    raise AssertionError(f"{path} has not {count} lines")
 
 
 def test_plan_snapshots_history_and_prune(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_help_lists_every_verb() -> None:
     assert {
         "init", "cluster", "check", "serve", "status", "plan", "sync", "resync", "verify", "snapshots", "prune",
         "history", "pause", "resume", "restore", "export", "import", "demo", "promote", "demote", "switchover",
-        "rejoin",
+        "rejoin", "health", "monitoring", "config",
     } == set(names)  # fmt: skip
 
 

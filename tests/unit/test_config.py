@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from replicator import config, config_checks, selection
+from replicator import config, config_checks, config_files, selection
 from replicator.config import Address, Config, Target
 from replicator.config_template import render_template
 from replicator.errors import ConfigError, Problem, ScheduleError
 from replicator.planning import Intermediates
+from replicator.rate_windows import RateLimit
 from replicator.selection import Pattern
 from replicator.settings import ImageStorage, RbdStorage, ZfsStorage
 from scheduler.schedule import parse_schedule
@@ -149,14 +150,14 @@ def test_everything() -> None:
     assert str(job.zone) == "Europe/Vienna"
     assert job.keep.source == "last=3"
     assert job.max_lag == timedelta(minutes=45)
-    assert job.rate_limit == 200 * 1024**2
+    assert job.rate_limit == RateLimit(((None, 200 * 1024**2),))
     assert job.quiesce is not None
     assert job.quiesce.before == ("fsfreeze", "-f", "/srv")
     assert job.intermediates is Intermediates.ALL
     assert not job.enabled
     assert read.jobs["fetch"].source.node == "prox2"
     assert read.jobs["fetch"].source.storages == ["tank"]
-    assert (read.limits.transfers, read.limits.rate_limit) == (8, 125_000_000)
+    assert (read.limits.transfers, read.limits.rate_limit) == (8, RateLimit(((None, 125_000_000),)))
     assert (read.log.format, read.log.level) == ("json", "info")
     assert read.warnings == ()
 
@@ -420,7 +421,7 @@ def test_host_name_that_is_no_node_name() -> None:
         (b"[node]\nname = 'a'\nname = 'b'\n", "line 3", "overwrite"),
         (b"[node]\nname = 'a\xff'\n", "line 2", "UTF-8"),
         (b"a=" + b"[" * 100_000, "", "nest"),
-        (b"#" * (config.MAX_BYTES + 1), "", "larger than"),
+        (b"#" * (config_files.MAX_BYTES + 1), "", "larger than"),
     ],
 )
 def test_files_that_are_no_toml(tmp_path: Path, content: bytes, key: str, part: str) -> None:

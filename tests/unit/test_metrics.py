@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from replicator.control import State
 from replicator.metrics import MAX_REASONS, STATES, Metrics, main
 from replicator.metrics_table import METRICS, markdown
+from replicator.model import Capability, StorageInfo, StreamKind
 
 NOW = datetime(2026, 11, 20, 8, 0, tzinfo=UTC)
 KEY = ("vms", "tank:vm-1", "prox2:backup")
@@ -47,6 +48,10 @@ def state(metrics: Metrics) -> str:
     return found[0]
 
 
+def storage(name: str, total: int) -> StorageInfo:
+    return StorageInfo(name, "zfs", StreamKind.NATIVE, Capability.NONE, total, total // 4, "")
+
+
 def filled(clock: Clock | None = None) -> Metrics:
     """Metrics with a series of every kind."""
     metrics = Metrics(clock=clock or Clock())
@@ -60,6 +65,7 @@ def filled(clock: Clock | None = None) -> Metrics:
     metrics.set_next_run("vms", NOW + timedelta(minutes=15))
     metrics.set_paused("vms", False)
     metrics.set_copies([("images:own", True, 1), ("backup:prox2/vm-1", False, 1_000_003)])
+    metrics.set_storages([storage("tank", 1000), storage("gone", 0)])
     metrics.peer("prox2", True, 0.001, -0.25)
     metrics.refused("not_authorized")
     metrics.scheduler_tick()
@@ -228,6 +234,29 @@ def test_odd_names_are_escaped() -> None:
     labels = {**OF_REPLICA, "volume": odd}
     assert value(metrics, "replicator_replica_last_snapshot_timestamp_seconds", labels) == NOW.timestamp()
     assert b"\nreplicator_fake" not in metrics.render()
+
+
+def test_a_storage_that_is_not_there_has_no_size() -> None:
+    metrics = filled()
+    assert value(metrics, "replicator_storage_up", {"storage": "tank"}) == 1
+    assert value(metrics, "replicator_storage_free_bytes", {"storage": "tank"}) == 250
+    assert value(metrics, "replicator_storage_up", {"storage": "gone"}) == 0
+    assert value(metrics, "replicator_storage_size_bytes", {"storage": "gone"}) is None
+    metrics.set_storages([storage("gone", 8)])
+    assert value(metrics, "replicator_storage_size_bytes", {"storage": "gone"}) == 8
+    assert value(metrics, "replicator_storage_up", {"storage": "tank"}) is None
+
+
+def test_a_primary_that_was_refused_is_told_until_a_run_succeeds() -> None:
+    metrics = filled()
+    assert value(metrics, "replicator_replica_superseded", OF_REPLICA) == 0
+    metrics.superseded(*KEY)
+    metrics.run_finished(*KEY, "conflict", 1.0, 0, 0)
+    assert value(metrics, "replicator_replica_superseded", OF_REPLICA) == 1
+    metrics.run_finished(*KEY, "ok", 1.0, 0, 0)
+    assert value(metrics, "replicator_replica_superseded", OF_REPLICA) == 0
+    metrics.recall(*KEY, failures=1, last_success=None, superseded=True)
+    assert value(metrics, "replicator_replica_superseded", OF_REPLICA) == 1
 
 
 def test_two_of_them_share_nothing() -> None:

@@ -32,7 +32,7 @@ def test_every_verb_is_in_the_command_line_section() -> None:
 def test_every_key_is_in_the_configuration_table() -> None:
     section = TEXT.split("## Configuration")[1].split("## Command line")[0]
     tables = (settings.Node, settings.Network, settings.ImageStorage, settings.ZfsStorage, settings.RbdStorage)
-    for table in (*tables, settings.Peer, settings.Job, settings.Limits, settings.Log):
+    for table in (*tables, settings.Peer, settings.Job, settings.Limits, settings.Log, settings.Notify):
         for key in table.model_fields:
             assert key == "name" or f"`{key}`" in section, f"{table.__name__}.{key} is not described"
 

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from replicator import config
+from replicator.cancellation import Cancellation
 from replicator.control import PeerStatus, ReplicaStatus, RunReport, State, Status
 from replicator.history import History
 from replicator.metrics import Metrics
-from replicator.model import Progress, Version
+from replicator.model import Progress, Role, Version
 from replicator.recording import Recording
 from replicator.tracker import Replica, ReplicaKey, Tracker
 from replicator.verification import Mismatch, Resync, Verification
+from tests.unit.test_unchanged import World
 
 NOW = datetime(2026, 11, 20, 8, 0, tzinfo=UTC)
 KEY = ReplicaKey("vms", "tank:vm-1", "prox2:backup")
@@ -152,6 +154,31 @@ def test_what_is_known_to_differ_outlives_restarts_and_whatever_ended_since(
     recording.known(other, (DIFFERS,))
     recording.known(KEY, ())
     assert recording.recall(other)["mismatches"] == (DIFFERS,)
+
+
+def test_a_primary_that_was_refused_is_told_apart_from_other_conflicts(
+    recording: Recording, history: History, metrics: Metrics
+) -> None:
+    recording.run_finished(replace(report("conflict", "x"), code="conflict"), NOW, None)
+    assert f"replicator_replica_superseded{LABELS} 0.0" in exposed(metrics)
+    recording.run_finished(replace(report("conflict", "x"), code="stale_epoch"), NOW, None)
+    assert f"replicator_replica_superseded{LABELS} 1.0" in exposed(metrics)
+    fresh = Metrics(clock=lambda: NOW)
+    Recording(CONFIG, history, fresh, clock=lambda: NOW).recall(KEY)
+    assert f"replicator_replica_superseded{LABELS} 1.0" in exposed(fresh)
+
+
+def test_whichever_side_finds_out_the_run_says_that_it_was_superseded() -> None:
+    """Here it is planning, from what the target lists."""
+    world = World()
+    world.run()
+    state = world.memory["b"].state("a/vm-1")
+    assert state is not None
+    assert state.lineage is not None
+    world.memory["b"].set_lineage("a/vm-1", replace(state.lineage, role=Role.PRIMARY, epoch=9))
+    world.memory["a"].write("vm-1", 0, b"!")
+    reports = world.runner.run(world.job, None, None, lambda _: None, Cancellation())
+    assert {report.code for report in reports if report.volume == "store:vm-1"} == {"stale_epoch"}
 
 
 def test_what_is_known_to_differ_outlives_the_history_of_it(

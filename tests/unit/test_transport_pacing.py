@@ -10,7 +10,7 @@ from replicator.cancellation import Cancellation
 from replicator.errors import Cancelled
 from replicator.model import StreamKind
 from replicator.streams import Chunk, ChunkStream, NativeChunk
-from transport.pacing import BURST_SECONDS, PacedStream, TokenBucket
+from transport.pacing import BURST_SECONDS, PacedStream, TimedBucket, TokenBucket
 
 
 class Clock(Cancellation):
@@ -85,3 +85,25 @@ def test_a_paced_stream_has_all_its_chunks_and_takes_its_time() -> None:
         assert paced.estimate == 7
     assert clock.now == pytest.approx(102.0)
     assert closed == [True]
+
+
+def test_a_timed_bucket_follows_its_rate() -> None:
+    clock = Clock()
+    rates: list[float | None] = [1000, None, 100, 1000]
+    bucket = TimedBucket(lambda: rates[0], clock=clock.read)
+    spent = []
+    for _ in range(4):
+        before = clock.now
+        bucket.wait(1000, clock)
+        spent.append(clock.now - before)
+        del rates[0]
+        rates.append(None)
+    assert spent == pytest.approx([1.0, 0.0, 10.0, 1.0])
+
+
+@pytest.mark.parametrize("then", [1e6, None])
+def test_who_waits_already_follows_a_change(then: float | None) -> None:
+    clock = Clock()
+    bucket = TimedBucket(lambda: 1.0 if clock.now < 103.0 else then, clock=clock.read)
+    bucket.wait(1000, clock)
+    assert clock.now == pytest.approx(103.0, abs=0.01)

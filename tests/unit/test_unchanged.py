@@ -80,6 +80,7 @@ class World:
         self.endpoints = {name: Watched(LocalEndpoint(name, {"store": m})) for name, m in self.memory.items()}
         self.node = "a"
         self.role_changes = 0
+        self.events: list[tuple[str, str, str]] = []
         self.tracker = Tracker()
         self.seen: list[tuple[ReplicaKey, datetime | None]] = []
         self.configure(targets=targets, rest=rest)
@@ -109,6 +110,9 @@ class World:
     def replica_seen(self, key: ReplicaKey, newest: Version | None, backlog: int, as_of: datetime | None) -> None:
         del newest, backlog
         self.seen.append((key, as_of))
+
+    def event(self, kind: str, subject: str, message: str = "") -> None:
+        self.events.append((kind, subject, message))
 
     def replicas_gone(self, keys: Iterable[ReplicaKey]) -> None:
         pass
