@@ -27,7 +27,11 @@ from backends.zfs.listing import Dataset
 from replicator.errors import StorageUnavailable, VolumeBusy
 
 LET_GO_SECONDS = 5.0
-"""For which udev may look at a device that has just changed."""
+"""In which who only looks in is gone again."""
+UDEV_SECONDS = 60.0
+"""The same for udev, which opens each device that has just changed; on a busy machine it takes its time."""
+_UDEV = ("(udev-worker)", "systemd-udevd", "udevd")
+"""Its processes, by their short names."""
 _LOOK_AGAIN = 0.1
 _ANSWER_AGAIN = 1.0
 _MAX_NAMED = 3
@@ -61,10 +65,12 @@ class Mount:
 
 def check_idle(context: Context, label: str, dataset: Dataset) -> None:
     """:raises VolumeBusy: somebody uses it, also after a moment"""
-    until = time.monotonic() + LET_GO_SECONDS
+    begun = time.monotonic()
     while in_use(context, dataset):
-        if time.monotonic() > until:
-            named = ", ".join(users_of(dataset)) or "somebody who cannot be seen from here (another mount namespace?)"
+        users = users_of(dataset)
+        passing = bool(users) and all(user.startswith(_UDEV) for user in users)
+        if time.monotonic() - begun > (UDEV_SECONDS if passing else LET_GO_SECONDS):
+            named = ", ".join(users) or "somebody who cannot be seen from here (another mount namespace?)"
             raise VolumeBusy(
                 f"{label} is in use by {named}, so it cannot become a replica",
                 hint="stop what uses it, then run it again",
