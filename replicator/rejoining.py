@@ -99,6 +99,9 @@ def rejoin(
     common = newest_common(source, target) if not anew else None
     base = common.target if common is not None else None
     own = [v for v in target.snapshots if base is None or v.position > base.position] if target is not None else []
+    named = [version.name for version in own if version.is_diverged]
+    if target is not None and named and not target.head_changed:
+        aside = named[-1]  # its live data was kept already, and the storage names the dataset after that
     if target is not None and (own or target.head_changed):
         step = Step(common.source if common else None, base, to, to.name)
         whole = base is None

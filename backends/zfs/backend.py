@@ -12,7 +12,6 @@ from backends.zfs import (
     clones,
     cursors,
     destroying,
-    forms,
     many,
     placeholders,
     privileges,
@@ -249,10 +248,8 @@ class ZfsBackend(OneByOne):
     def set_lineage(self, volume: str, lineage: Lineage) -> None:
         """See :class:`~backends.base.Backend`. The form of its streams is pinned with it."""
         dataset = self._context.require(volume)
-        settings = properties.settings(lineage, forms.form_to_pin(self._context, dataset), dataset.guid)
-        if lineage.role is Role.REPLICA:
-            settings = (*aside.REPLICA_PROPERTIES, *settings)
-        self._context.change("zfs", "set", *settings, dataset.name, dataset=dataset.name, doing="marking")
+        replica_too = aside.REPLICA_PROPERTIES if lineage.role is Role.REPLICA else ()
+        roles.mark(self._context, dataset, lineage, doing="marking", first=replica_too)
 
     def promote(self, volume: str, lineage: Lineage, at: VersionRef) -> None:
         """See :class:`~backends.base.Backend`. It stays unmounted: that is for whoever uses it."""

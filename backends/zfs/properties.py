@@ -90,11 +90,11 @@ def restored_from(of: str) -> str | None:
 
 
 def settings(lineage: Lineage, form: StreamForm, of: str) -> tuple[str, ...]:
-    """``PROPERTY=VALUE`` for zfs set, which sets them all at once."""
+    """``PROPERTY=VALUE`` for zfs set, which sets them all at once; the epoch before the role, should it ever not."""
     return (
         f"{LINEAGE}={lineage.uuid}",
-        f"{ROLE}={lineage.role}",
         f"{EPOCH}={lineage.epoch}",
+        f"{ROLE}={lineage.role}",
         f"{STREAM}={form}",
         f"{OF}={of}",
     )

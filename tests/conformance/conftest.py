@@ -47,6 +47,7 @@ _NATIVE_FILES = [
     "test_backend_trees.py",
     "test_endpoint_native.py",
     "test_zfs_library.py",
+    "test_zfs_roles.py",
     "test_zfs_verification.py",
     "test_zfs_volumes.py",
 ]

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from replicator.cancellation import Cancellation
-from replicator.endpoint import ReceiveRequest
+from replicator.endpoint import ReceiveRequest, SendRequest
 from replicator.errors import (
     ConnectionLost,
 )
-from replicator.model import Lineage, ResumeState, Role, Version, VolumeId, VolumeState
+from replicator.model import Lineage, ResumeState, Role, StreamKind, Version, VolumeId, VolumeState
 from replicator.streams import BLOCK_SIZE, Stream
 from tests.support.blocks import (
     KEY,
@@ -25,6 +25,7 @@ from tests.support.blocks import (
 from tests.support.cases import BackendCase
 
 VM = VolumeId("store", "prox1/vm")
+SOURCE = VolumeId("store", "source")
 PRIMARY = Lineage("6d9f2d6e-7f3a-4b0e-9a43-3f1f5f5a1d00", Role.PRIMARY, 3)
 OTHER = Lineage("00000000-7f3a-4b0e-9a43-3f1f5f5a1d00", Role.PRIMARY, 3)
 SIZE = 8 * BLOCK_SIZE
@@ -43,8 +44,20 @@ def receive(case: BackendCase, request: ReceiveRequest, stream: Stream, cancel: 
 
 
 def first(case: BackendCase, name: str = "one") -> Version:
-    """The replica with a first snapshot of DATA."""
+    """The replica with a first snapshot of DATA; of native streams beside its source."""
+    if case.backend.stream is StreamKind.NATIVE:
+        case.create(SOURCE.name, DATA)
+        case.backend.set_lineage(SOURCE.name, PRIMARY)
+        (version,) = case.backend.snapshot((SOURCE.name,), name)
+        return sent(case, SOURCE, asked(version))
     return receive(case, asked(make_version(name, SIZE)), make_stream(*full_chunks(DATA)))
+
+
+def sent(case: BackendCase, source: VolumeId, request: ReceiveRequest) -> Version:
+    """What was asked for, as the native stream of a volume of the same storage that has it."""
+    asked_for = SendRequest(source, request.base, request.to.ref, KEY, lineage=request.lineage)
+    stream = case.backend.send(asked_for, Cancellation())
+    return receive(case, replace(request, kind=StreamKind.NATIVE), stream)
 
 
 def state_of(case: BackendCase) -> VolumeState:

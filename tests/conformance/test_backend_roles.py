@@ -8,14 +8,37 @@ from dataclasses import replace
 import pytest
 
 from replicator.errors import NoSuchSnapshot, NotAReplica, StaleEpoch, VolumeBusy, VolumeChanged
-from replicator.model import Role, StreamKind, VersionRef
-from tests.conformance.replicas import DATA, OTHER, PRIMARY, SIZE, VM, asked, first, receive, state_of
+from replicator.model import Lineage, Role, StreamKind, Version, VersionRef, VolumeId
+from tests.conformance.replicas import DATA, OTHER, PRIMARY, SIZE, SOURCE, VM, asked, first, receive, sent, state_of
 from tests.support.blocks import changed, full_chunks, make_chunk, make_stream, make_version, pattern
 from tests.support.cases import BackendCase
 
-STREAMS = [StreamKind.BLOCKS]
 PROMOTED = replace(PRIMARY, epoch=1_000_004)
 REPLICA = replace(PROMOTED, role=Role.REPLICA)
+NEXT = replace(PROMOTED, epoch=2_000_005)
+
+
+def following(case: BackendCase, base: Version, content: bytes) -> tuple[Version, bytes]:
+    """What the next primary sends, whose second half is new; and its content."""
+    half = pattern(SIZE // 2, 9)
+    after = content[: SIZE // 2] + half
+    if case.backend.stream is not StreamKind.NATIVE:
+        request = asked(make_version("three", SIZE), base, lineage=NEXT)
+        return receive(case, request, make_stream(make_chunk((SIZE // 2, half)))), after
+    other = VolumeId("store", "prox2/vm")
+    sent(case, VM, asked(base, volume=other, lineage=replace(REPLICA, role=Role.PRIMARY)))
+    case.backend.promote(other.name, NEXT, base.ref)
+    case.write(other.name, SIZE // 2, half)
+    (three,) = case.backend.snapshot((other.name,), "three")
+    return sent(case, other, asked(three, base, lineage=NEXT)), after
+
+
+def offer(case: BackendCase, base: Version, lineage: Lineage) -> Version:
+    """Have it take another version."""
+    if case.backend.stream is not StreamKind.NATIVE:
+        return receive(case, asked(make_version("two", SIZE), base, lineage=lineage), make_stream(*full_chunks(DATA)))
+    (two,) = case.backend.snapshot((SOURCE.name,), "two")
+    return sent(case, SOURCE, asked(two, base, lineage=lineage))
 
 
 def test_a_promoted_replica_is_its_newest_snapshot_and_can_be_written_to(case: BackendCase) -> None:
@@ -63,9 +86,7 @@ def test_a_demoted_primary_has_its_snapshots_and_takes_the_next_one(case: Backen
     assert not state.head_changed
     assert [v.name for v in state.versions] == ["one", "two"]
     assert case.read_snapshot(VM.name, two) == content
-    after = content[: SIZE // 2] + pattern(SIZE // 2, 9)
-    request = asked(make_version("three", SIZE), two, lineage=replace(PRIMARY, epoch=PROMOTED.epoch + 1))
-    three = receive(case, request, make_stream(make_chunk((SIZE // 2, after[SIZE // 2 :]))))
+    three, after = following(case, two, content)
     assert case.read_snapshot(VM.name, three) == after
 
 
@@ -130,5 +151,5 @@ def test_a_promoted_copy_takes_nothing(case: BackendCase) -> None:
     later = replace(PRIMARY, epoch=PROMOTED.epoch + 7)
     for lineage in (PRIMARY, later, OTHER):
         with pytest.raises((NotAReplica, StaleEpoch)):
-            receive(case, asked(make_version("two", SIZE), one, lineage=lineage), make_stream(*full_chunks(DATA)))
+            offer(case, one, lineage)
     assert case.read(VM.name) == DATA

@@ -14,7 +14,7 @@ from typing import Any
 
 from backends.zfs import ZfsBackend
 from backends.zfs.binding import LibraryChoice, installed
-from backends.zfs.commands import SystemRunner
+from backends.zfs.commands import Runner, SystemRunner
 from backends.zfs.pool_state import PoolState
 from backends.zfs.properties import PLACEHOLDER
 from backends.zfs.taking_over import Terms
@@ -91,8 +91,8 @@ class ZfsCase(BackendCase):
         self.terms = Terms()
         self.backend = self._open()
 
-    def _open(self) -> ZfsBackend:
-        runner = SystemRunner(PoolState(POOL).check)
+    def _open(self, runner: Runner | None = None) -> ZfsBackend:
+        runner = runner or SystemRunner(PoolState(POOL).check)
         return ZfsBackend(
             self.name,
             self.root,
@@ -117,9 +117,10 @@ class ZfsCase(BackendCase):
             assert time.monotonic() < until, zfs("destroy", "-R", self.root)
             time.sleep(0.1)  # udev still looks at a new device
 
-    def reopen(self) -> None:
+    def reopen(self, runner: Runner | None = None) -> None:
+        """As after a restart of the process; its commands are run by ``runner``."""
         self.backend.close()
-        self.backend = self._open()
+        self.backend = self._open(runner)
 
     def dataset(self, volume: str) -> str:
         return f"{self.root}/{volume}"
@@ -189,6 +190,16 @@ class ZfsCase(BackendCase):
 
     def damage(self, volume: str, version: Version | VersionRef, offset: int, data: bytes) -> None:
         raise NotImplementedError("ZFS lets nobody change a snapshot")
+
+    @contextlib.contextmanager
+    def in_use(self, volume: str) -> Iterator[None]:
+        with device(self.dataset(volume)).open("rb") as file:
+            user = subprocess.Popen(["sleep", "600"], stdin=file)
+        try:
+            yield
+        finally:
+            user.kill()
+            user.wait()
 
     def bookmark(self, volume: str, version: Version) -> Version:
         zfs("bookmark", f"{self.dataset(volume)}@{version.name}", f"{self.dataset(volume)}#mark")

@@ -23,6 +23,8 @@ class FakeZfs:
     """Thread-safe.
 
     :ivar asked: every command that was started
+    :ivar busy: datasets that somebody uses
+    :ivar refused: what zfs program answers instead, "" for what it finds
     """
 
     root: str = "tank/vm"
@@ -31,6 +33,8 @@ class FakeZfs:
     bookmarks: dict[str, Values] = field(default_factory=dict)
     holds: dict[str, set[str]] = field(default_factory=dict)
     asked: list[tuple[str, ...]] = field(default_factory=list)
+    busy: set[str] = field(default_factory=set)
+    refused: str = ""
     txg: int = 0
 
     def __post_init__(self) -> None:
@@ -73,6 +77,10 @@ class FakeZfs:
         args = tuple(argv)
         with self._lock:
             self.asked.append(args)
+            if args[1] == "program":
+                found = "Channel program execution failed:\nrefused with 16" if args[-1] in self.busy else ""
+                said = self.refused or found
+                return FakeProcess(args, None, lambda _: None, said)
             return FakeProcess(args, None, lambda data: self._received(args, data))
 
     def _received(self, args: tuple[str, ...], data: bytes) -> None:
@@ -179,10 +187,14 @@ class FakeZfs:
 
 
 class FakeProcess:
-    """A zfs send that writes ``gives``, or a zfs receive that gives all it has got to ``takes``."""
+    """A zfs send that writes ``gives``, or a zfs receive that gives all it has got to ``takes``; one that fails says
+    why."""
 
-    def __init__(self, argv: tuple[str, ...], gives: bytes | None, takes: Callable[[bytes], None] | None) -> None:
+    def __init__(
+        self, argv: tuple[str, ...], gives: bytes | None, takes: Callable[[bytes], None] | None, errors: str = ""
+    ) -> None:
         self._argv = argv
+        self._errors = errors
         self._takes = takes
         reading, writing = os.pipe()
         if gives is not None:
@@ -209,7 +221,7 @@ class FakeProcess:
             os.close(self._other)
             self._other = None
             self._takes(bytes(data))
-        return Finished(self._argv, 0, "", "")
+        return Finished(self._argv, 1 if self._errors else 0, "", self._errors)
 
     def kill(self) -> None:
         pass

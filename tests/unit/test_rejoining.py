@@ -147,6 +147,13 @@ def test_what_only_the_replica_has_is_kept_and_the_difference_sent() -> None:
     assert aside == (f"{TARGET}-{request.aside}",)
 
 
+def test_what_was_kept_already_is_found_where_its_storage_puts_it() -> None:
+    kept = snap(8, name="diverged-20260101T000000.000Z", guid="kept", position=8)
+    right, aside = run(source_state(ONE, TWO), target_state(ONE, kept))
+    assert [r.aside for r in right.received] == [kept.name]
+    assert aside == (f"{TARGET}-{kept.name}",)
+
+
 def test_live_data_alone_is_kept_too() -> None:
     right, aside = run(source_state(ONE, TWO), target_state(ONE, head_changed=True))
     assert [r.mode for r in right.received] == [ReceiveMode.REBUILD]

@@ -6,10 +6,10 @@ from typing import cast
 
 import pytest
 
-from backends.zfs import ZfsBackend
+from backends.zfs import ZfsBackend, usage
 from backends.zfs.binding import LibraryChoice
 from replicator.endpoint import RoleChange
-from replicator.errors import Unsupported, VolumeChanged
+from replicator.errors import Unsupported, VolumeBusy, VolumeChanged
 from replicator.local import LocalEndpoint
 from replicator.model import Lineage, Role, Version, VolumeId
 from tests.support.zfs_fake import ByCommand, FakeZfs
@@ -82,6 +82,31 @@ def test_nobody_is_promoted_or_demoted_before_that_is_proven_on_real_pools(zfs: 
         node.change_role(change)
     assert "restore" in caught.value.hint
     assert sets(zfs) == []
+
+
+def test_who_uses_it_is_not_disturbed(zfs: FakeZfs, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, version = prepared(zfs, PRIMARY)
+    monkeypatch.setattr(usage, "LET_GO_SECONDS", 0.0)
+    zfs.busy.add("tank/vm/disk")
+    with pytest.raises(VolumeBusy, match="in use by"):
+        backend.demote("disk", REPLICA, version.ref)
+    assert sets(zfs) == []
+
+
+def test_without_the_right_to_ask_what_is_seen_has_to_do(zfs: FakeZfs) -> None:
+    backend, version = prepared(zfs, PRIMARY)
+    zfs.refused = "cannot execute channel program: permission denied"
+    backend.demote("disk", REPLICA, version.ref)
+    assert "replicator:role=replica" in sets(zfs)[-1]
+
+
+def test_a_demoted_one_is_left_alone(zfs: FakeZfs) -> None:
+    backend, version = prepared(zfs, REPLICA)
+    zfs.busy.add("tank/vm/disk")
+    backend.demote("disk", REPLICA, version.ref)
+    state = backend.state("disk")
+    assert state is not None
+    assert state.lineage == REPLICA
 
 
 def test_a_superseded_primary_becomes_read_only_as_it_is(zfs: FakeZfs) -> None:
