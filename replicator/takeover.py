@@ -40,7 +40,7 @@ from replicator.planning import Step
 from replicator.rejoining import rejoin as rejoin_native
 from replicator.replication import Observer, Options, Pair, Replication
 from replicator.role_refusals import InDoubt, Refusal
-from replicator.roles import EPOCH_STEP, newest_complete, next_epoch
+from replicator.roles import EPOCH_STEP, followers, newest_complete, next_epoch
 from replicator.transitions import Move, Promotion, Rejoin, Switch, plan_switchover
 from replicator.verification import resync
 
@@ -256,16 +256,17 @@ class Switchover:
 
     def _take_over(self, at: Version) -> None:
         pair = self._pair
-        state = pair.target.state(pair.target_volume)
+        state, source = pair.target.state(pair.target_volume), pair.source.state(pair.source_volume)
         there = state.by_guid(at.guid) if state is not None else None
-        if state is None or state.lineage is None or there is None:
+        if state is None or state.lineage is None or there is None or source is None:
             return  # it is looked at again
         if self._epoch is None:
             self._epoch = self._new_epoch(state.lineage.epoch)
         lineage = Lineage(state.lineage.uuid, Role.PRIMARY, self._epoch)
         first, self._asked = not self._asked, True
         try:
-            pair.target.hold(pair.target_volume, there.ref, rejoin_tag(pair.source.node))
+            for node in sorted({pair.source.node} | followers(source) - {pair.target.node}):
+                pair.target.hold(pair.target_volume, there.ref, rejoin_tag(node))
             pair.target.change_role(RoleChange(pair.target_volume, state.lineage, lineage, there.ref))
         except PeerUnreachable as error:
             if first and self._stopped is not None:
