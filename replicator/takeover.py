@@ -20,6 +20,7 @@ from replicator.errors import (
     ConflictError,
     NoSuchSnapshot,
     NoSuchVolume,
+    NotAuthorized,
     PeerUnreachable,
     ReplicatorError,
     TransportError,
@@ -272,6 +273,8 @@ class Switchover:
             if first and self._stopped is not None:
                 self._refused = error  # it was never asked, so it cannot take over later
                 self._take_back(at, unreachable=True)
+        except NotAuthorized as error:  # that is an answer
+            self._refused = error
         except TransportError as error:
             logs.event(LOG, logging.WARNING, "switch-over not answered", volume=pair.source_volume, error=error)
         except ReplicatorError as error:

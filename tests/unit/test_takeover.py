@@ -13,17 +13,19 @@ from backends.memory import MemoryBackend
 from replicator import situations, takeover
 from replicator.cancellation import Cancellation
 from replicator.endpoint import PruneRequest, SnapshotRequest
-from replicator.errors import ConflictError, ReplicatorError, VolumeBusy, VolumeChanged
+from replicator.errors import ConflictError, NotAuthorized, ReplicatorError, VolumeBusy, VolumeChanged
 from replicator.local import LocalEndpoint
 from replicator.model import (
     HoldTag,
     Lineage,
     Role,
     Version,
+    VersionRef,
     VolumeId,
     VolumeState,
     handover_tag,
     hold_tag,
+    rejoin_tag,
     snapshot_name,
     waits_for_rejoin,
 )
@@ -431,6 +433,23 @@ def test_a_primary_in_use_or_written_to_is_not_handed_over() -> None:
         takeover.Switchover(pair, bring, draw=lambda _: next(world.numbers), cancel=Impatient()).run()
     assert world.primaries() == ["n1"]
     assert not any(handover_tag("n2") in v.holds for v in world.state("n1").versions)
+
+
+def test_a_right_that_is_missing_is_an_answer_and_leaves_the_primary(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    hold = world.memory["n2"].hold
+
+    def refuse(volume: str, version: VersionRef, tag: str) -> None:
+        if tag == rejoin_tag("n1"):
+            raise NotAuthorized("no right to it", hint="")
+        hold(volume, version, tag)
+
+    monkeypatch.setattr(world.memory["n2"], "hold", refuse)
+    with pytest.raises(NotAuthorized):
+        world.switchover()
+    assert world.primaries() == ["n1"]
+    world.write("n1")
+    world.sync("n1", "n2")
 
 
 def test_a_superseded_primary_is_marked_and_keeps_its_data() -> None:
