@@ -153,8 +153,10 @@ def test_a_promotion_and_a_rejoin_that_are_killed_are_finished(
             here.assert_one_primary(new, content, f"{number}: {what}")
             kept = {digest(folder / "image") for folder in here.pair.source_snapshots().values()}
             assert {only_there, content} <= kept, what
-            here.again(old.node, "switchover", VOLUME, "--to", old.name)
-            here.assert_one_primary(old, content, f"{number}: back again")
+            words = (*words, "--fail-back")
+            what = here.killed(old.node, words, (old.node, new.node))
+            here.again(old.node, *words)
+            here.assert_one_primary(old, content, f"{number}: {what}")
 
 
 @pytest.mark.timeout(3600)
