@@ -127,6 +127,9 @@ class RoleChanger:
         peers = {name: self._network.endpoint(name) for name in self._config.peers}
         return situations.find_out(self._own, VolumeId.parse(volume), peers)
 
+    def _everybody(self) -> dict[str, Endpoint]:
+        return {name: self._network.endpoint(name) for name in (self._network.node, *self._config.peers)}
+
     @property
     def _own(self) -> Endpoint:
         return self._network.endpoint(self._network.node)
@@ -270,6 +273,7 @@ class RoleChanger:
         switch = plan_switchover(source, pair.target.node, pair.target.state(pair.target_volume))
         if isinstance(switch, Refusal):
             raise switch.to_error()
+        takeover.check_not_overtaken(pair, self._everybody())
         yield f"{pair.source.node}/{pair.source_volume} is brought over to {pair.target.node} with its last changes"
         if job.quiesce is not None and not task.reversed:
             yield f"while the last ones are taken, the job's hooks keep it quiet: {' '.join(job.quiesce.before)}"
@@ -296,6 +300,7 @@ class RoleChanger:
             )
 
         with self._runner.turns.exclusive(task, cancel):
+            takeover.check_not_overtaken(pair, self._everybody())
             done = takeover.Switchover(pair, bring, draw=self._draw, cancel=cancel, quiesced=quiesced).run()
         return RoleReport(
             order.verb,
@@ -401,6 +406,7 @@ class RoleChanger:
             replication.run()
             return replication.outcome.newest or at
 
+        takeover.check_not_overtaken(pair, self._everybody())
         return takeover.Switchover(pair, bring, draw=self._draw, cancel=cancel).run()
 
     def _failed_back(self, done: Switched, pair: Pair, order: RoleOrder) -> RoleReport:

@@ -51,7 +51,7 @@ from replicator.planning import Intermediates, SendPolicy, newest_common, protec
 from replicator.replication import Limits, Options, Pair, Replication
 from replicator.roles import newest_complete
 from replicator.situations import Situation
-from replicator.transitions import Promotion, Rejoin, plan_promotion, plan_rejoin, superseded
+from replicator.transitions import Promotion, Rejoin, plan_promotion, plan_rejoin
 from replicator.verification import aside_name
 from tests.support.blocks import pattern
 from tests.support.faults import Crash
@@ -389,10 +389,9 @@ class Roles(RuleBasedStateMachine):
         before = self.primaries()
         content = self.live(source) if source in before else None
         with self.failing(faults):
-            if superseded(self.situation(driver)) is None:
-                self.switch(self.pair(source, to, driver))
-                assert self.disturbed or set(self.primaries()) - set(before) <= {to}
-                assert self.disturbed or content in (None, self.live(to)), "a switch-over lost something"
+            self.switch(self.pair(source, to, driver), driver)
+            assert self.disturbed or set(self.primaries()) - set(before) <= {to}
+            assert self.disturbed or content in (None, self.live(to)), "a switch-over lost something"
         assert self.disturbed or len(self.primaries()) <= max(1, len(before)), "a switch-over made a second primary"
 
     @rule(data=st.data(), to=nodes, nth=st.integers(0, 25), back=st.booleans())
@@ -405,17 +404,18 @@ class Roles(RuleBasedStateMachine):
         late = [Fault(Trouble.LATE, nth)] if back else [Fault(Trouble.LATE, nth % 2, "change_role")]
         if not back:
             late.append(Fault(data.draw(unlucky), nth // 2 % 2, "change_role"))
+        driver = data.draw(st.sampled_from([source, to]))
         with self.failing(late):
-            self.switch(self.pair(source, to, data.draw(st.sampled_from([source, to]))))
+            self.switch(self.pair(source, to, driver), driver)
         if back:
             with self.failing([]):
-                self.switch(self.pair(to, source, source))
+                self.switch(self.pair(to, source, source), source)
         before = set(self.primaries())
         self.late_requests_arrive()
         assert len(self.primaries()) <= 1
         assert set(self.primaries()) == before or not before
 
-    def switch(self, pair: Pair) -> None:
+    def switch(self, pair: Pair, driver: str) -> None:
         def bring() -> Version:
             self.snapshot(pair.source.node)
             replication = Replication(pair, self.options(), observer=lambda _: None, cancel=Impatient())
@@ -424,6 +424,7 @@ class Roles(RuleBasedStateMachine):
             self.followed(pair.target.node, pair.source.node, replication.outcome.newest)
             return replication.outcome.newest
 
+        takeover.check_not_overtaken(pair, {node: self.weather.link(driver, node) for node in NODES})
         takeover.Switchover(pair, bring, draw=self.draw, cancel=Impatient()).run()
 
     @rule(node=nodes, data=st.data(), faults=faults)
@@ -618,7 +619,7 @@ class Roles(RuleBasedStateMachine):
             if last is None or handover_tag(target) not in last.holds:
                 continue
             with contextlib.suppress(ReplicatorError):
-                self.switch(self.pair(source, target, source))
+                self.switch(self.pair(source, target, source), source)
             found = self.in_charge()
             if found is not None:
                 return found

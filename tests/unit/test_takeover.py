@@ -127,6 +127,7 @@ class World:
             taken = self.snapshot(source)
             return self.replicate(pair) or taken
 
+        takeover.check_not_overtaken(pair, {node: self.weather.link(driver, node) for node in self.memory})
         return takeover.Switchover(pair, bring, draw=lambda _: next(self.numbers), cancel=Impatient()).run()
 
     def planned(self, node: str, *, force: bool = False, word: bool = False) -> Promotion | Refusal:
@@ -310,6 +311,19 @@ def test_a_third_copy_can_follow_after_a_switchover() -> None:
     assert 0 < done.done < 4 * PAGE, "only the difference"
     world.weather.nodes["n2"].prune(PruneRequest(world.volume("n2"), JOB, "last=1", ()))
     assert len(world.state("n2").snapshots) <= 2, "and from then on it is pruned as ever"
+
+
+def test_an_unfinished_switchover_is_not_finished_once_a_third_copy_was_promoted() -> None:
+    world = World("n1", "n2", "n3")
+    world.weather.faults = [Fault(Trouble.CRASH_BEFORE, 3, "change_role")]
+    with pytest.raises(Crash):
+        world.switchover()
+    assert world.primaries() == []
+    world.promote("n3", force=True)
+    with pytest.raises(ConflictError) as caught:
+        world.switchover()
+    assert caught.value.kind == "superseded"
+    assert world.primaries() == ["n3"]
 
 
 def test_a_switchover_that_was_undone_keeps_nothing_from_being_pruned() -> None:
