@@ -412,8 +412,11 @@ class Roles(RuleBasedStateMachine):
                 self.switch(self.pair(to, source, source), source)
         before = set(self.primaries())
         self.late_requests_arrive()
-        assert len(self.primaries()) <= 1
-        assert set(self.primaries()) == before or not before
+        after = set(self.primaries())
+        assert len(after) <= 1
+        # Told to step down, with the request on its way, and busy when it was to be barred: it steps down late, and the
+        # same command finishes that.
+        assert not before or (after == before if back else after <= before)
 
     def switch(self, pair: Pair, driver: str) -> None:
         def bring() -> Version:
