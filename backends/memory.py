@@ -545,6 +545,8 @@ class MemoryBackend(OneByOne):
             return request.to
         if request.lineage is not None:
             volume.lineage = replace(request.lineage, role=Role.REPLICA)
+        if volume.head is not None and bytes(volume.head) == newest_data(volume):
+            volume.head = None  # of a primary that stepped down: nothing that its newest snapshot has not
         holds = (request.hold,) if request.hold else ()
         new = replace(request.to, size=len(data), holds=holds, kind=VersionKind.SNAPSHOT)
         old = self._find(volume, new.ref)

@@ -301,6 +301,7 @@ class RoleOrder:
     :ivar node: the node to switch over to, or to rejoin from; "" for the others
     :ivar force: promote although something speaks against it
     :ivar primary_is_down: the operator's word that nodes which do not answer are down
+    :ivar fail_back: once it has rejoined and is in sync, switch over to it
     """
 
     verb: RoleVerb
@@ -308,6 +309,7 @@ class RoleOrder:
     node: str = ""
     force: bool = False
     primary_is_down: bool = False
+    fail_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -232,7 +232,12 @@ def kept_tag(node: str) -> str:
 
 def waits_for_rejoin(version: Version) -> bool:
     """Whether a copy on another node may need this version, and so the history up to it, to follow this one."""
-    return any(tag.startswith(f"{SNAPSHOT_PREFIX}:rejoin:") for tag in version.holds)
+    return any(map(is_rejoin_tag, version.holds))
+
+
+def is_rejoin_tag(tag: str) -> bool:
+    """Whether it is one of :func:`rejoin_tag`."""
+    return tag.startswith(f"{SNAPSHOT_PREFIX}:rejoin:")
 
 
 def role_tag_of(tag: str) -> str | None:

@@ -32,6 +32,7 @@ from replicator.model import (
     VolumeState,
     clone_tag,
     handover_tag,
+    is_rejoin_tag,
     rejoin_tag,
     verify_tag,
 )
@@ -532,9 +533,15 @@ class Replication:
             if common is not None and common in state.snapshots:
                 self._hold(endpoint, volume, common)
             stale = stale_holds(state, pair.tag, frozenset({newest.guid}))
-            # Now that it has followed, it needs no more than the newest that both have.
-            changed = rejoin_tag(pair.target.node) if endpoint is pair.source else handover_tag(pair.source.node)
-            for work in (clone_tag(pair.tag), verify_tag(pair.tag), changed):
+            # Now that it has followed, it needs no more than the newest that both have; and who has yet to follow
+            # needs nothing of a replica.
+            changed = [rejoin_tag(pair.target.node)]
+            if endpoint is pair.target:
+                changed = [
+                    handover_tag(pair.source.node),
+                    *sorted({t for v in state.versions for t in v.holds if is_rejoin_tag(t)}),
+                ]
+            for work in (clone_tag(pair.tag), verify_tag(pair.tag), *changed):
                 stale += stale_holds(state, work, frozenset())
             for version, tag in stale:
                 self._release(endpoint, volume, version, tag)

@@ -33,8 +33,18 @@ from replicator.roles import EPOCH_STEP
 from replicator.runs import Runner
 from replicator.settings import Job
 from replicator.situations import Situation
+from replicator.takeover import Switched
 from replicator.tasks import Network, Task
-from replicator.transitions import Promotion, Rejoin, plan_promotion, plan_rejoin, plan_switchover, superseded
+from replicator.transitions import (
+    Move,
+    Promotion,
+    Rejoin,
+    Switch,
+    plan_promotion,
+    plan_rejoin,
+    plan_switchover,
+    superseded,
+)
 from replicator.units import format_duration
 from replicator.verification import aside_name
 
@@ -116,6 +126,9 @@ class RoleChanger:
     def _situation(self, volume: str) -> Situation:
         peers = {name: self._network.endpoint(name) for name in self._config.peers}
         return situations.find_out(self._own, VolumeId.parse(volume), peers)
+
+    def _everybody(self) -> dict[str, Endpoint]:
+        return {name: self._network.endpoint(name) for name in (self._network.node, *self._config.peers)}
 
     @property
     def _own(self) -> Endpoint:
@@ -260,6 +273,7 @@ class RoleChanger:
         switch = plan_switchover(source, pair.target.node, pair.target.state(pair.target_volume))
         if isinstance(switch, Refusal):
             raise switch.to_error()
+        takeover.check_not_overtaken(pair, self._everybody())
         yield f"{pair.source.node}/{pair.source_volume} is brought over to {pair.target.node} with its last changes"
         if job.quiesce is not None and not task.reversed:
             yield f"while the last ones are taken, the job's hooks keep it quiet: {' '.join(job.quiesce.before)}"
@@ -286,6 +300,7 @@ class RoleChanger:
             )
 
         with self._runner.turns.exclusive(task, cancel):
+            takeover.check_not_overtaken(pair, self._everybody())
             done = takeover.Switchover(pair, bring, draw=self._draw, cancel=cancel, quiesced=quiesced).run()
         return RoleReport(
             order.verb,
@@ -323,8 +338,12 @@ class RoleChanger:
 
     def _of_rejoin(self, order: RoleOrder) -> Iterator[str]:
         pair, mine = self._way_back(order)
-        plan = _allowed_rejoin(plan_rejoin(mine, pair.source.node, pair.source.state(pair.source_volume)))
+        there = pair.source.state(pair.source_volume)
         primary = f"{pair.source.node}/{pair.source_volume}"
+        if order.fail_back and self._is_failing_back(pair, mine, there):
+            yield f"{primary} has stepped down for {mine.id} already: that switch-over is finished, or undone"
+            return
+        plan = _allowed_rejoin(plan_rejoin(mine, pair.source.node, there))
         yield f"{plan.volume} becomes a replica of {primary} (epoch {plan.lineage.epoch})"
         if plan.aside:
             yield "what is in it and in no snapshot is kept as a snapshot diverged-<time>; it stops being writable"
@@ -335,10 +354,14 @@ class RoleChanger:
         else:
             yield "nothing is common: both sides are compared, or everything is sent"
         yield "no snapshot is destroyed"
+        if order.fail_back:
+            yield f"once it is in sync, {primary} becomes a replica, and {plan.volume} the primary"
 
     def _rejoin(self, order: RoleOrder, listen: Listener, cancel: Cancellation) -> RoleReport:
         pair, mine = self._way_back(order)
         primary = pair.source.state(pair.source_volume)
+        if order.fail_back and self._is_failing_back(pair, mine, primary):
+            return self._failed_back(self._fail_back(pair, listen, cancel), pair, order)
         plan = _allowed_rejoin(plan_rejoin(mine, pair.source.node, primary))
         try:
             self._snapshot(pair.source, pair.source_volume, self._job_of(mine))
@@ -346,7 +369,7 @@ class RoleChanger:
             listen(Note(f"no new snapshot is taken on {pair.source.node}: {error}"))
         options = Options(SendPolicy(Intermediates.NEWEST))
         done = takeover.rejoin(pair, plan, options, aside_name(self._clock()), observer=_telling(listen), cancel=cancel)
-        return RoleReport(
+        report = RoleReport(
             order.verb,
             str(plan.volume),
             self._network.node,
@@ -357,6 +380,45 @@ class RoleChanger:
             aside=done.aside,
             done=done.done,
             sent=done.sent,
+        )
+        if not order.fail_back:
+            return report
+        listen(Note(f"{plan.volume} has rejoined and is in sync: it is switched back"))
+        back = self._failed_back(self._fail_back(pair, listen, cancel), pair, order)
+        return replace(back, aside=report.aside, done=report.done, sent=report.sent)
+
+    def _is_failing_back(self, pair: Pair, mine: VolumeState, primary: VolumeState | None) -> bool:
+        """Whether the primary has stepped down for this node already: an attempt was cut off, and is finished."""
+        if primary is None:
+            return False
+        found = plan_switchover(primary, pair.target.node, mine)
+        return isinstance(found, Switch) and found.move is not Move.REPLICATE
+
+    def _fail_back(self, pair: Pair, listen: Listener, cancel: Cancellation) -> Switched:
+        """Switch over from the primary to this node's copy, which follows it."""
+        job = HoldTag.parse(pair.tag)
+
+        def bring() -> Version:
+            at = self._snapshot(pair.source, pair.source_volume, job.job if job is not None else OWN_JOB)
+            listen(Note(f"bringing {at.name} back to {pair.target.node}"))
+            options = Options(SendPolicy(Intermediates.NEWEST))
+            replication = Replication(pair, options, observer=_telling(listen), cancel=cancel)
+            replication.run()
+            return replication.outcome.newest or at
+
+        takeover.check_not_overtaken(pair, self._everybody())
+        return takeover.Switchover(pair, bring, draw=self._draw, cancel=cancel).run()
+
+    def _failed_back(self, done: Switched, pair: Pair, order: RoleOrder) -> RoleReport:
+        return RoleReport(
+            order.verb,
+            str(pair.target_volume),
+            pair.target.node,
+            str(done.lineage.role),
+            done.lineage.epoch,
+            done.at.name if done.at is not None else "",
+            age=0.0,
+            without_primary=done.seconds,
         )
 
 

@@ -9,7 +9,17 @@ from collections.abc import Container, Iterable
 
 from replicator.endpoint import RoleChange
 from replicator.errors import ConflictError, NotAReplica, StaleEpoch, VolumeChanged
-from replicator.model import Lineage, Role, Version, VolumeId, VolumeInfo, VolumeState
+from replicator.model import (
+    HoldTag,
+    Lineage,
+    Role,
+    Version,
+    VolumeId,
+    VolumeInfo,
+    VolumeState,
+    is_rejoin_tag,
+    role_tag_of,
+)
 
 EPOCH_STEP = 1_000_000
 """Epochs of one promotion after the other are in different millions; see :func:`next_epoch`."""
@@ -36,6 +46,13 @@ def next_epoch(known: Iterable[int], draw: int) -> int:
 def newest_complete(state: VolumeState) -> Version | None:
     """The newest snapshot of a copy, without what was kept aside: what a promotion goes on from."""
     return next((v for v in reversed(state.snapshots) if not v.is_diverged), None)
+
+
+def followers(state: VolumeState) -> frozenset[str]:
+    """The nodes whose copies follow this one, or have yet to: it holds for them what they continue from."""
+    held = {tag for version in state.versions for tag in version.tags}
+    jobs = {tag.node for tag in map(HoldTag.parse, held) if tag is not None}
+    return frozenset(jobs | {role_tag_of(tag) or "" for tag in held if is_rejoin_tag(tag)}) - {""}
 
 
 def check_change(state: VolumeState, change: RoleChange) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -20,6 +20,7 @@ from replicator.errors import (
     ConflictError,
     NoSuchSnapshot,
     NoSuchVolume,
+    NotAuthorized,
     PeerUnreachable,
     ReplicatorError,
     TransportError,
@@ -39,8 +40,8 @@ from replicator.model import (
 from replicator.planning import Step
 from replicator.rejoining import rejoin as rejoin_native
 from replicator.replication import Observer, Options, Pair, Replication
-from replicator.role_refusals import InDoubt, Refusal
-from replicator.roles import EPOCH_STEP, newest_complete, next_epoch
+from replicator.role_refusals import InDoubt, Refusal, Superseded
+from replicator.roles import EPOCH_STEP, followers, newest_complete, next_epoch
 from replicator.transitions import Move, Promotion, Rejoin, Switch, plan_switchover
 from replicator.verification import resync
 
@@ -110,6 +111,29 @@ def notice_superseded(pair: Pair) -> bool:
 
 
 # -- switch-over
+
+
+def check_not_overtaken(pair: Pair, others: Mapping[str, Endpoint]) -> None:
+    """Whether a switch-over is still about the newest data: one that was cut off, and is finished after a third copy
+    was promoted instead, would make a second primary.
+
+    :param others: all nodes that may have a copy; those that do not answer are passed over
+    :raises ConflictError: a copy on another node is of a newer epoch than both sides
+    """
+    source, target = pair.source.state(pair.source_volume), pair.target.state(pair.target_volume)
+    if source is None or source.lineage is None:
+        return
+    known = max(state.lineage.epoch for state in (source, target) if state is not None and state.lineage is not None)
+    for node in sorted(others.keys() - {pair.source.node, pair.target.node}):
+        with suppress(ReplicatorError):
+            newer = [copy for copy in others[node].copies(source.lineage.uuid).found if copy.lineage.epoch > known]
+            if newer:
+                newest = max(newer, key=lambda copy: copy.lineage.epoch)
+                found = Superseded(source.id, source.lineage.epoch, node, newest)
+                break
+    else:
+        return
+    raise found.to_error()
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,21 +280,24 @@ class Switchover:
 
     def _take_over(self, at: Version) -> None:
         pair = self._pair
-        state = pair.target.state(pair.target_volume)
+        state, source = pair.target.state(pair.target_volume), pair.source.state(pair.source_volume)
         there = state.by_guid(at.guid) if state is not None else None
-        if state is None or state.lineage is None or there is None:
+        if state is None or state.lineage is None or there is None or source is None:
             return  # it is looked at again
         if self._epoch is None:
             self._epoch = self._new_epoch(state.lineage.epoch)
         lineage = Lineage(state.lineage.uuid, Role.PRIMARY, self._epoch)
         first, self._asked = not self._asked, True
         try:
-            pair.target.hold(pair.target_volume, there.ref, rejoin_tag(pair.source.node))
+            for node in sorted({pair.source.node} | followers(source) - {pair.target.node}):
+                pair.target.hold(pair.target_volume, there.ref, rejoin_tag(node))
             pair.target.change_role(RoleChange(pair.target_volume, state.lineage, lineage, there.ref))
         except PeerUnreachable as error:
             if first and self._stopped is not None:
                 self._refused = error  # it was never asked, so it cannot take over later
                 self._take_back(at, unreachable=True)
+        except NotAuthorized as error:  # that is an answer
+            self._refused = error
         except TransportError as error:
             logs.event(LOG, logging.WARNING, "switch-over not answered", volume=pair.source_volume, error=error)
         except ReplicatorError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -38,7 +38,9 @@ class Task:
     """One volume of a job and one of its targets.
 
     :ivar volume: as the job's source has it, whichever way it goes now
-    :ivar reversed: the roles were changed: the job's target has the primary now, and the job's source is its replica
+    :ivar reversed: the roles were changed: a target of the job has the primary now
+    :ivar beside: where that is another target than this one: the volume as the job's source has it, a replica as well;
+        None: the job's source is what follows
     :ivar peer: the other node, or this one where both sides are here
     :ivar origin: the volume that it is a clone of, if the job has that, too: that one goes first, so that the clone can
         be sent as the difference
@@ -52,10 +54,13 @@ class Task:
     origin: VolumeId | None = None
     origins: frozenset[str] = frozenset()
     reversed: bool = False
+    beside: VolumeId | None = None
 
     @property
     def volume(self) -> VolumeId:
         """The volume as the job's source has it."""
+        if self.beside is not None:
+            return self.beside
         return self.pair.target_volume if self.reversed else self.pair.source_volume
 
     @property
@@ -66,7 +71,7 @@ class Task:
     @property
     def keep_target(self) -> str:
         """What is kept where the replica is now."""
-        return self.job.keep.source if self.reversed else self.job.keep.target
+        return self.job.keep.source if self.reversed and self.beside is None else self.job.keep.target
 
     @property
     def policy(self) -> SendPolicy:
@@ -151,15 +156,28 @@ class Tasks:
             and self._means(job, text, volume.id)
             and volume.id.name.partition("/")[0] not in {target.node for target in job.targets}
         ]
-        tags = {hold_tag(job.name, target.node, target.storage): target for target in targets}
+        tags = {hold_tag(job.name, target.node, target.storage): target for target in job.targets}
+        wanted = {str(target) for target in targets}
         found: list[Task] = []
         for listing in source.states(replicas) if replicas else ():
             if listing.state is None:
                 continue
             held = {tag for version in listing.state.versions for tag in version.tags}
-            for tag in sorted(held & tags.keys()):
-                found.append(self._reversed_if_so(self._task(job, listing.volume, tags[tag]), listing.state))
+            of_it = [self._task(job, listing.volume, tags[tag]) for tag in sorted(held & tags.keys())]
+            turned = self._beside([self._reversed_if_so(task, listing.state) for task in of_it])
+            found += [task for task in turned if task.key.target in wanted]
         return tuple(found)
+
+    @staticmethod
+    def _beside(tasks: Sequence[Task]) -> Iterator[Task]:
+        """The tasks of one volume: where one of its targets has the primary now, the others follow that one."""
+        primary = next((task.pair for task in tasks if task.reversed), None)
+        for task in tasks:
+            if primary is None or task.reversed:
+                yield task
+                continue
+            pair = replace(task.pair, source=primary.source, source_volume=primary.source_volume)
+            yield replace(task, pair=pair, reversed=True, beside=task.pair.source_volume)
 
     def _reversed_if_so(self, task: Task, source: VolumeState) -> Task:
         """The same task from the target to the source, if the target has the primary."""

@@ -238,12 +238,12 @@ def plan_switchover(source: VolumeState, to_node: str, target: VolumeState | Non
     theirs = target.lineage
     newest = newest_complete(source)
     marked = newest if newest is not None and handover_tag(to_node) in newest.holds else None
-    if theirs.role is Role.PRIMARY:
-        if theirs.epoch > ours.epoch:
-            return Switch(Move.DONE, newest)
+    if theirs.role is Role.PRIMARY and theirs.epoch <= ours.epoch:
         return NothingToFollow(source.id, ours, to_node, theirs)
+    if theirs.role is Role.PRIMARY and ours.role is Role.REPLICA:
+        return Switch(Move.DONE, newest)
     if ours.role is Role.PRIMARY:
-        if theirs.epoch > ours.epoch and marked is None:
+        if theirs.epoch > ours.epoch and (marked is None or theirs.role is Role.PRIMARY):
             return Superseded(source.id, ours.epoch, to_node, Copy(target.id, theirs, newest_complete(target)))
         return Switch(Move.REPLICATE)
     if marked is None:

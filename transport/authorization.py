@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from replicator.errors import NotAuthorized
-from replicator.model import SNAPSHOT_PREFIX, HoldTag, VolumeId, restored_by, role_tag_of
+from replicator.model import SNAPSHOT_PREFIX, HoldTag, VolumeId, is_rejoin_tag, restored_by, role_tag_of
 from transport import messages
 from transport.messages import Request
 
@@ -22,7 +22,8 @@ class PeerRights:
 
     :ivar may_push_to: storages that it may write replicas into, below its own name
     :ivar may_pull_from: storages that it may read
-    :ivar may_switch: of ``may_push_to``: where it may make its own replicas primaries, and them replicas again
+    :ivar may_switch: of ``may_push_to``: where it may make its own replicas primaries, and them replicas again, and
+        have third nodes follow them
     :ivar same_path: of ``may_push_to``: where it may write replicas under any name (that no volume has which is not a
         replica: that is for the endpoint to see)
     """
@@ -89,7 +90,7 @@ class Authority:
                     self._require(pulled, request, f"volume {volume}", "may_pull_from")
             case messages.Hold() | messages.Release():
                 self._require_read(request, request.volume)
-                self._require_tag(request, request.tag)
+                self._require_tag(request, request.tag, self.may_switch(request.volume))
             case messages.State() | messages.Estimate() | messages.Properties():
                 self._require_read(request, request.volume)
             case messages.States() | messages.Heads():
@@ -123,11 +124,13 @@ class Authority:
         right = "may_push_to" if volume.name.startswith(f"{self.peer}/") else "may_pull_from"
         self._require(self.may_read(volume), request, f"volume {volume}", right)
 
-    def _require_tag(self, request: Request, tag: str) -> None:
+    def _require_tag(self, request: Request, tag: str, switches: bool) -> None:
         """Only holds of ours, and none of a job that replicates to a third node, of a third node's restore, or for a
-        third node to follow."""
+        third node to follow. But where the peer hands over what is its own, third nodes follow that by its jobs."""
         parsed, restoring = HoldTag.parse(tag), restored_by(tag) or role_tag_of(tag)
         mine = tag.partition(":")[0] == SNAPSHOT_PREFIX
+        if switches and (parsed is not None or is_rejoin_tag(tag)):
+            return
         if parsed is not None:
             mine = parsed.node in (self.peer, self.node)
         elif restoring is not None:

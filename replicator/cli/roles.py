@@ -87,20 +87,26 @@ def switchover(app: App, volume: str, to: str, yes: bool, as_json: bool) -> int:
 @click.command(cls=Verb)
 @click.argument("volume")
 @click.option("--from", "source", required=True, metavar="NODE", help="The node that has the primary now.")
+@click.option("--fail-back", is_flag=True, help="Once it is in sync, switch over to it: it is the primary again.")
 @yes_option
 @json_option
 @click.pass_obj
-def rejoin(app: App, volume: str, source: str, yes: bool, as_json: bool) -> int:
+def rejoin(app: App, volume: str, source: str, fail_back: bool, yes: bool, as_json: bool) -> int:
     """Make VOLUME of this node follow the primary on NODE: the former primary that comes back, or a replica whose
     primary is another node now. What only it has is kept aside as diverged-<time>; only the difference is sent.
 
+    With --fail-back it is switched over to afterwards, without loss; stop what uses the primary first. It never
+    happens by itself, as a node that comes and goes would take the primary with it each time.
+
     \b
-    Example:
+    Examples:
       replicator rejoin tank:vm-100 --from prox2
+      replicator rejoin tank:vm-100 --from prox2 --fail-back
     """
     from replicator.control import RoleOrder, RoleVerb
 
-    return _change(app, RoleOrder(RoleVerb.REJOIN, volume, source), yes=yes, as_json=as_json)
+    order = RoleOrder(RoleVerb.REJOIN, volume, source, fail_back=fail_back)
+    return _change(app, order, yes=yes, as_json=as_json)
 
 
 def _change(app: App, order: RoleOrder, *, yes: bool, as_json: bool) -> int:
@@ -138,6 +144,10 @@ def _show(report: RoleReport) -> None:
             say(f"Nothing is lost. For {report.without_primary:.1f} s there was no writable copy.")
         case "rejoin":
             say(f"{units.format_size(report.done)} were replaced, {units.format_size(report.sent)} sent.")
+            if report.without_primary is not None:
+                say(
+                    f"It was switched back without loss. For {report.without_primary:.1f} s there was no writable copy."
+                )
         case _:
             pass
     if report.aside:

@@ -186,9 +186,14 @@ def _questions(control: Control) -> APIRouter:
 
     @router.get("/role", summary="What a change of role would do", response_model=RolePreview)
     def preview_role(
-        verb: RoleVerb, volume: Text, node: OptionalText = "", force: bool = False, primary_is_down: bool = False
+        verb: RoleVerb,
+        volume: Text,
+        node: OptionalText = "",
+        force: bool = False,
+        primary_is_down: bool = False,
+        fail_back: bool = False,
     ) -> Response:
-        order = RoleOrder(verb, volume, node, force, primary_is_down)
+        order = RoleOrder(verb, volume, node, force, primary_is_down, fail_back)
         return _answer(messages.ROLE_PREVIEW, control.preview_role(order))
 
     @router.get("/snapshots", summary="Snapshots of a volume on every side", response_model=tuple[SideSnapshots, ...])

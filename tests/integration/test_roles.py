@@ -117,6 +117,33 @@ def test_a_switchover_and_back_loses_nothing(tmp_path: Path) -> None:
         assert sum(entry["kind"] == "switchover" for entry in history) == 2
 
 
+def test_a_rejoin_that_fails_back_ends_where_it_began(tmp_path: Path) -> None:
+    with cluster(tmp_path, rights=SWITCHING) as pair:
+        fill(pair.image, 4 * MIB)
+        pair.a.must("sync", JOB)
+        change(pair.image, seed=7)
+        diverged = digest(pair.image)
+        pair.a.kill()
+        promoted = json.loads(pair.b.must("promote", REPLICA, "--primary-is-down", "--yes", "--json"))
+        change(promoted_image(pair), seed=8)
+        content = digest(promoted_image(pair))
+        pair.a.start()
+        back = json.loads(pair.a.must("rejoin", VOLUME, "--from", "b", "--fail-back", "--yes", "--json"))
+        assert (back["node"], back["role"]) == ("a", "primary")
+        assert back["epoch"] > promoted["epoch"]
+        assert back["without_primary"] is not None
+        assert digest(pair.image) == content
+        assert not promoted_image(pair).exists()
+        kept = pair.source_snapshots()
+        assert [digest(kept[name] / "image") for name in back["aside"]] == [diverged]
+        again = json.loads(pair.a.must("rejoin", VOLUME, "--from", "b", "--fail-back", "--yes", "--json"))
+        assert again["epoch"] == back["epoch"], "run again, it finds all done"
+        change(pair.image, seed=9)
+        pair.a.must("sync", JOB)
+        pair.assert_equal(all_common=False)
+        assert roles(pair.b)[REPLICA] == ("replica", back["epoch"])
+
+
 def test_who_may_switch_over_is_the_receivers_decision(tmp_path: Path) -> None:
     with cluster(tmp_path) as pair:
         fill(pair.image, 4 * MIB)

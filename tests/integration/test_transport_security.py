@@ -384,6 +384,25 @@ def test_switching_over_needs_a_right_of_its_own(world: World) -> None:
         assert outcome(world, switching, change, volume) == "refused"
 
 
+@pytest.mark.parametrize(
+    ("tag", "expected"),
+    [
+        ("replicator:job:three:backup", "let through"),
+        ("replicator:rejoin:three", "let through"),
+        ("replicator:handover:three", "refused"),
+        ("replicator:restore:three", "refused"),
+        ("keep", "refused"),
+    ],
+)
+def test_who_hands_over_has_third_nodes_follow(world: World, tag: str, expected: str) -> None:
+    def hold(remote: RemoteEndpoint, volume: VolumeId) -> None:
+        remote.hold(volume, VersionRef("v", "g"), tag)
+
+    switching = PeerRights(frozenset({"store"}), frozenset({"store"}), may_switch=frozenset({"store"}))
+    assert outcome(world, switching, hold, OWN) == expected
+    assert outcome(world, PUSH, hold, OWN) == "refused"
+
+
 def test_listings_show_only_what_a_peer_may_see(world: World) -> None:
     with serving(world.cluster.one, world.peers) as server, world.remote(server) as remote:
         assert [v.id for v in remote.volumes("store")] == [OWN]

@@ -1,6 +1,7 @@
 """Three nodes in one process, with everything between them that can go wrong: nodes that are off, cables that are cut,
-requests that get lost, come late or come twice, answers that get lost, streams that end in the middle, and drivers that
-die between two calls. Each fault happens once, at a call that a test (or Hypothesis) has chosen."""
+requests that get lost, come late or come twice, answers that get lost, streams that end in the middle, drivers that die
+between two calls, and others who do something between two calls. Each fault happens once, at a call that a test (or
+Hypothesis) has chosen."""
 
 from __future__ import annotations
 
@@ -39,14 +40,18 @@ LOCAL = (Trouble.CRASH_BEFORE, Trouble.CRASH_AFTER, Trouble.REFUSED)
 
 @dataclass(slots=True)
 class Fault:
-    """One trouble, at the ``nth`` call (from 0) that it can happen to."""
+    """One trouble, at the ``nth`` call (from 0) that it can happen to.
+
+    :ivar only: of these calls alone, "" for any
+    """
 
     trouble: Trouble
     nth: int
+    only: str = ""
 
     def hits(self, call: str, remote: bool) -> bool:
         """Whether it is this call's turn."""
-        if call in QUESTIONS or (self.trouble not in LOCAL and not remote):
+        if call in QUESTIONS or (self.trouble not in LOCAL and not remote) or self.only not in ("", call):
             return False
         if (self.trouble is Trouble.CUT) != (call in ("send", "receive")) and self.trouble not in LOCAL:
             return False
@@ -63,6 +68,7 @@ class Weather:
     :ivar faults: still to come, one after the other
     :ivar calls: made so far that a fault could have hit
     :ivar late: requests that are still on their way
+    :ivar meanwhile: what somebody else does before a call of a driver, once ``calls`` has come to that number
     """
 
     nodes: dict[str, LocalEndpoint] = field(default_factory=dict)
@@ -71,6 +77,7 @@ class Weather:
     faults: list[Fault] = field(default_factory=list)
     calls: int = 0
     late: list[Callable[[], object]] = field(default_factory=list)
+    meanwhile: tuple[int, Callable[[], object]] | None = None
 
     def reaches(self, one: str, other: str) -> bool:
         """Whether one node can talk to another, or to itself."""
@@ -106,7 +113,12 @@ class Weather:
         self.deliver()
 
     def take(self, call: str, remote: bool) -> Trouble | None:
-        """The trouble of this call."""
+        """The trouble of this call, before which somebody else may do something without any."""
+        if self.meanwhile is not None and self.calls >= self.meanwhile[0] and call not in QUESTIONS:
+            (_, act), self.meanwhile = self.meanwhile, None
+            faults, self.faults = self.faults, []
+            act()
+            self.faults = faults
         self.calls += call not in QUESTIONS
         if not self.faults or not self.faults[0].hits(call, remote):
             return None

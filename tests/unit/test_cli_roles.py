@@ -67,6 +67,15 @@ def test_a_switchover_says_how_long_there_was_no_primary(terminal: Terminal) -> 
     assert "Nothing is lost. For 0.4 s there was no writable copy." in said
 
 
+def test_a_rejoin_switches_back_only_when_it_is_told_to(terminal: Terminal) -> None:
+    terminal.run("rejoin", VOLUME, "--from", "prox2", "--yes")
+    terminal.control.answers["change_role"] = replace(REPORT, verb=RoleVerb.REJOIN, without_primary=0.42, beyond="")
+    said = terminal.run("rejoin", VOLUME, "--from", "prox2", "--fail-back", "--yes").stdout
+    assert "It was switched back without loss. For 0.4 s there was no writable copy." in said
+    orders = [call[1] for call in terminal.control.calls if call[0] == "change_role"]
+    assert [order.fail_back for order in orders] == [False, True]
+
+
 def test_json_has_the_same_facts(terminal: Terminal) -> None:
     found = json.loads(terminal.run("promote", VOLUME, "--yes", "--json").stdout)
     assert (found["verb"], found["epoch"], found["aside"]) == ("promote", 1_000_077, ["diverged-1"])

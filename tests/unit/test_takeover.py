@@ -13,18 +13,21 @@ from backends.memory import MemoryBackend
 from replicator import situations, takeover
 from replicator.cancellation import Cancellation
 from replicator.endpoint import PruneRequest, SnapshotRequest
-from replicator.errors import ConflictError, ReplicatorError, VolumeBusy, VolumeChanged
+from replicator.errors import ConflictError, NotAuthorized, ReplicatorError, VolumeBusy, VolumeChanged
 from replicator.local import LocalEndpoint
 from replicator.model import (
     HoldTag,
     Lineage,
     Role,
     Version,
+    VersionRef,
     VolumeId,
     VolumeState,
     handover_tag,
     hold_tag,
+    rejoin_tag,
     snapshot_name,
+    waits_for_rejoin,
 )
 from replicator.planning import Intermediates, SendPolicy
 from replicator.replication import Limits, Options, Pair, Replication
@@ -124,6 +127,7 @@ class World:
             taken = self.snapshot(source)
             return self.replicate(pair) or taken
 
+        takeover.check_not_overtaken(pair, {node: self.weather.link(driver, node) for node in self.memory})
         return takeover.Switchover(pair, bring, draw=lambda _: next(self.numbers), cancel=Impatient()).run()
 
     def planned(self, node: str, *, force: bool = False, word: bool = False) -> Promotion | Refusal:
@@ -293,6 +297,105 @@ def test_what_the_old_primary_needs_stays_until_it_has_followed() -> None:
     assert len(tidied()) == 1, "and from then on it is pruned as ever"
 
 
+def test_a_third_copy_can_follow_after_a_switchover() -> None:
+    world = World("n1", "n2", "n3")
+    world.sync("n1", "n2")
+    world.replicate(world.pair("n1", "n3", "n1"))
+    world.write("n1")
+    world.switchover()
+    for number in range(3):
+        world.memory["n2"].write("n1/vm", 0, pattern(PAGE, number))
+        world.sync("n2", "n1")
+        world.weather.nodes["n2"].prune(PruneRequest(world.volume("n2"), JOB, "last=1", ()))
+    done = world.rejoin("n3", "n2")
+    assert 0 < done.done < 4 * PAGE, "only the difference"
+    world.weather.nodes["n2"].prune(PruneRequest(world.volume("n2"), JOB, "last=1", ()))
+    assert len(world.state("n2").snapshots) <= 2, "and from then on it is pruned as ever"
+
+
+def test_an_unfinished_switchover_is_not_finished_once_a_third_copy_was_promoted() -> None:
+    world = World("n1", "n2", "n3")
+    world.weather.faults = [Fault(Trouble.CRASH_BEFORE, 3, "change_role")]
+    with pytest.raises(Crash):
+        world.switchover()
+    assert world.primaries() == []
+    world.promote("n3", force=True)
+    with pytest.raises(ConflictError) as caught:
+        world.switchover()
+    assert caught.value.kind == "superseded"
+    assert world.primaries() == ["n3"]
+
+
+def test_a_switchover_that_was_undone_keeps_nothing_from_being_pruned() -> None:
+    world = World()
+    world.weather.faults = [Fault(Trouble.LATE, 1, "change_role"), Fault(Trouble.REFUSED, 0, "change_role")]
+    with pytest.raises(VolumeBusy):
+        world.switchover()
+    assert world.primaries() == ["n1"]
+    world.weather.deliver()
+    assert world.primaries() == ["n1"]
+    world.sync("n1", "n2")
+    assert not any(waits_for_rejoin(version) for version in world.state("n2").versions)
+
+
+def meanwhile(act: Callable[[World], object], other: Callable[[World], object]) -> None:
+    """Do one thing, and before each of its calls in turn another one. Whatever comes of it, epochs do not fall, and
+    what is written to a primary stays for as long as it is one."""
+    for nth in range(MOST_CALLS):
+        world = World()
+        epochs: dict[str, int] = {}
+        written: dict[tuple[str, int], bytes] = {}
+        done: list[bool] = []
+
+        def interrupt(
+            world: World = world,
+            epochs: dict[str, int] = epochs,
+            written: dict[tuple[str, int], bytes] = written,
+            done: list[bool] = done,
+        ) -> None:
+            done.append(True)
+            other(world)
+            epochs.update({node: world.lineage(node).epoch for node in world.memory})
+            written.update({(node, world.lineage(node).epoch): world.live(node) for node in world.primaries()})
+
+        world.weather.meanwhile = world.weather.calls + nth, interrupt
+        with contextlib.suppress(ReplicatorError):
+            act(world)
+        if not done:  # it makes no more calls
+            assert nth > 2
+            return
+        reigning = {(node, world.lineage(node).epoch) for node in world.primaries()}
+        assert len({epoch for _, epoch in reigning}) == len(reigning)
+        for node, epoch in epochs.items():
+            assert world.lineage(node).epoch >= epoch, f"{node}, before call {nth}"
+        for node, epoch in reigning & written.keys():
+            assert world.live(node) == written[node, epoch], f"what was written to {node} is lost, before call {nth}"
+    raise AssertionError("it makes more calls")
+
+
+def overtake(world: World) -> None:
+    """Somebody promotes the copy and writes to it."""
+    world.promote(force=True)
+    world.write("n2")
+
+
+def reign(world: World) -> None:
+    """The same, and it is demoted again."""
+    overtake(world)
+    takeover.step_down(world.weather.nodes["n2"], world.volume("n2"), world.lineage("n2"), world.snapshot("n2"))
+
+
+@pytest.mark.parametrize("other", [overtake, reign])
+def test_a_copy_that_was_promoted_meanwhile_takes_nothing_of_the_old_epoch(other: Callable[[World], object]) -> None:
+    meanwhile(lambda world: world.sync("n1", "n2"), other)
+
+
+@pytest.mark.parametrize("other", [overtake, reign])
+def test_a_role_that_was_changed_meanwhile_is_not_changed_again(other: Callable[[World], object]) -> None:
+    for act in (World.switchover, lambda world: world.promote(force=True)):
+        meanwhile(act, other)
+
+
 def test_two_cut_off_replicas_that_are_both_forced_differ_in_their_epochs() -> None:
     world = World("n1", "n2", "n3")
     world.weather.off.add("n1")
@@ -344,6 +447,23 @@ def test_a_primary_in_use_or_written_to_is_not_handed_over() -> None:
         takeover.Switchover(pair, bring, draw=lambda _: next(world.numbers), cancel=Impatient()).run()
     assert world.primaries() == ["n1"]
     assert not any(handover_tag("n2") in v.holds for v in world.state("n1").versions)
+
+
+def test_a_right_that_is_missing_is_an_answer_and_leaves_the_primary(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    hold = world.memory["n2"].hold
+
+    def refuse(volume: str, version: VersionRef, tag: str) -> None:
+        if tag == rejoin_tag("n1"):
+            raise NotAuthorized("no right to it", hint="")
+        hold(volume, version, tag)
+
+    monkeypatch.setattr(world.memory["n2"], "hold", refuse)
+    with pytest.raises(NotAuthorized):
+        world.switchover()
+    assert world.primaries() == ["n1"]
+    world.write("n1")
+    world.sync("n1", "n2")
 
 
 def test_a_superseded_primary_is_marked_and_keeps_its_data() -> None:

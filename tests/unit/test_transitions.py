@@ -171,6 +171,7 @@ def test_a_partial_and_what_somebody_wrote_are_told() -> None:
         (state(Role.REPLICA, MARKED), state(Role.REPLICA, snap(1)), Move.TAKE_BACK),
         (state(Role.REPLICA, MARKED), state(Role.REPLICA, snap(2), epoch=2), Move.TAKE_BACK),
         (state(Role.REPLICA, MARKED), state(Role.PRIMARY, snap(2), epoch=2), Move.DONE),
+        (state(Role.PRIMARY, MARKED), state(Role.PRIMARY, snap(2), epoch=2), Superseded),
         (state(Role.REPLICA, snap(2)), state(Role.REPLICA, snap(2)), NotPrimary),
         (state(Role.PRIMARY, snap(2)), state(Role.REPLICA, snap(2), epoch=2), Superseded),
         (state(Role.PRIMARY, snap(2), epoch=3), state(Role.PRIMARY, snap(2), epoch=2), NothingToFollow),
