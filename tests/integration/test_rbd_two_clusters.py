@@ -64,7 +64,7 @@ class Watch:
     :ivar equal: snapshots (volume, name) that are the same on both sides
     :ivar differ: those that are not
     :ivar unseen: those that were listed and were gone on one side before they were read there
-    :ivar log: when the guests did something
+    :ivar log: when the guests wrote something
     :ivar too_little: seconds that the lag metric was below the truth, at most
     :ivar late: seconds after which it knew of what the target had, at most
     :ivar lags: of every look
@@ -125,7 +125,7 @@ class Watch:
         return begin, time.time(), metrics[key]
 
     def missing_since(self, volume: str) -> float:
-        """When the first change that the target surely lacks was done; in the future, where it lacks none."""
+        """When the first write that the target surely lacks was done; in the future, where it lacks none."""
         newest = self.sites.target.catalog(volume).versions[-1]
         (taken,) = (
             s.raw.taken.time for s in self.sites.source.catalog(volume).snapshots if s.version.guid == newest.guid

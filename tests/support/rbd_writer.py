@@ -39,7 +39,8 @@ def disturb(image: Any, seed: random.Random) -> str:
 
 
 def guest(conf: Path, namespace: str, name: str, pause: float, log: Path, stop: threading.Event) -> int:
-    """Disturb one image until ``stop``, and write down when; how often."""
+    """Disturb one image until ``stop``, and write down when it was written to: what else is done to it may change
+    nothing, as where a hole is discarded. How often it was disturbed."""
     binding = load()
     rados: Any = binding.new_connection(conf, "admin", {})
     rados.connect()
@@ -51,8 +52,8 @@ def guest(conf: Path, namespace: str, name: str, pause: float, log: Path, stop: 
             with binding.rbd.Image(ioctx, name) as image, (log / name).open("a", buffering=1) as times:
                 while not stop.wait(seed.uniform(0, 2 * pause)):
                     begun = time.time()
-                    disturb(image, seed)
-                    times.write(f"{begun} {time.time()}\n")
+                    if disturb(image, seed) == "write":
+                        times.write(f"{begun} {time.time()}\n")
                     done += 1
     finally:
         rados.shutdown()
@@ -60,7 +61,7 @@ def guest(conf: Path, namespace: str, name: str, pause: float, log: Path, stop: 
 
 
 def times(log: Path, name: str) -> list[tuple[float, float]]:
-    """When something was done to an image so far: when it was begun, and when it was done; seconds since the epoch."""
+    """When an image was written to so far: when it was begun, and when it was done; seconds since the epoch."""
     try:
         lines = (log / name).read_text().split("\n")[:-1]
     except FileNotFoundError:
