@@ -125,26 +125,25 @@ def _check_peers(parts: Parts, problem: Report) -> None:
                 for storage in storages:
                     if storage not in parts.storages:
                         _unknown_storage(parts, key_path("peer", name, key), storage, problem)
-            _check_same_path(parts, peer, problem)
+            _check_pushed(parts, peer, problem)
 
 
-def _check_same_path(parts: Parts, peer: Peer, problem: Report) -> None:
-    """Where a peer's replicas have any name, those of other peers could not be told from its own."""
-    key = key_path("peer", peer.name, "same_path")
-    for storage in peer.may_switch:
-        if storage not in peer.may_push_to:
-            problem(
-                key_path("peer", peer.name, "may_switch"),
-                f"{storage!r} is not in may_push_to",
-                f"name it in peer.{peer.name}.may_push_to too",
-            )
+def _check_pushed(parts: Parts, peer: Peer, problem: Report) -> None:
+    """What is about replicas of a peer is about storages that it may push to. And where its replicas have any name,
+    those of other peers could not be told from its own."""
+    for setting, storages in (("may_switch", peer.may_switch), ("same_path", peer.same_path)):
+        for storage in storages:
+            if storage not in peer.may_push_to:
+                problem(
+                    key_path("peer", peer.name, setting),
+                    f"{storage!r} is not in may_push_to",
+                    f"name it in peer.{peer.name}.may_push_to too",
+                )
     for storage in peer.same_path:
-        if storage not in peer.may_push_to:
-            problem(key, f"{storage!r} is not in may_push_to", f"name it in peer.{peer.name}.may_push_to too")
         for other in right(parts.peers).values():
             if other.name != peer.name and storage in other.may_push_to:
                 problem(
-                    key,
+                    key_path("peer", peer.name, "same_path"),
                     f"peer {other.name!r} may push to {storage!r} too",
                     "give a peer whose replicas have the names of their sources a storage of its own",
                 )

@@ -25,7 +25,7 @@ from replicator.config import Config
 from replicator.control import Listener, Note, RoleOrder, RolePreview, RoleReport, RoleVerb
 from replicator.endpoint import Endpoint, SnapshotRequest
 from replicator.errors import NoSuchVolume, NotAuthorized, ReplicatorError, UsageError
-from replicator.model import HoldTag, Progress, Role, Version, VolumeId, VolumeState, hold_tag, snapshot_name
+from replicator.model import HoldTag, Role, Version, VolumeId, VolumeState, hold_tag, snapshot_name
 from replicator.planning import Intermediates, SendPolicy
 from replicator.replication import Options, Pair, Replication
 from replicator.role_refusals import NotPrimary, Refusal
@@ -280,16 +280,22 @@ class RoleChanger:
         yield f"it becomes a replica there, and {pair.target.node}/{pair.target_volume} the primary"
         yield f"from then on job {job.name} replicates from {pair.target.node} to {pair.source.node}"
 
-    def _switch(self, order: RoleOrder, listen: Listener, cancel: Cancellation) -> RoleReport:
-        task, job = self._handover(order)
-        pair, options = task.pair, self._runner.options(task)
+    def _bringing(
+        self, pair: Pair, job: str, options: Options, listen: Listener, cancel: Cancellation
+    ) -> Callable[[], Version]:
+        """What takes a snapshot of the primary and brings it over."""
 
         def bring() -> Version:
-            at = self._snapshot(pair.source, pair.source_volume, job.name)
+            at = self._snapshot(pair.source, pair.source_volume, job)
             listen(Note(f"bringing {at.name} over to {pair.target.node}"))
-            replication = Replication(pair, options, observer=_telling(listen), cancel=cancel)
-            replication.run()
-            return replication.outcome.newest or at
+            return Replication(pair, options, observer=listen, cancel=cancel).run().newest or at
+
+        return bring
+
+    def _switch(self, order: RoleOrder, listen: Listener, cancel: Cancellation) -> RoleReport:
+        task, job = self._handover(order)
+        pair = task.pair
+        bring = self._bringing(pair, job.name, self._runner.options(task), listen, cancel)
 
         def quiesced() -> AbstractContextManager[None]:
             hook = job.quiesce
@@ -302,16 +308,7 @@ class RoleChanger:
         with self._runner.turns.exclusive(task, cancel):
             takeover.check_not_overtaken(pair, self._everybody())
             done = takeover.Switchover(pair, bring, draw=self._draw, cancel=cancel, quiesced=quiesced).run()
-        return RoleReport(
-            order.verb,
-            str(pair.target_volume),
-            pair.target.node,
-            str(done.lineage.role),
-            done.lineage.epoch,
-            done.at.name if done.at is not None else "",
-            age=0.0,
-            without_primary=done.seconds,
-        )
+        return _switched(order, pair, done)
 
     # -- rejoin
 
@@ -361,14 +358,14 @@ class RoleChanger:
         pair, mine = self._way_back(order)
         primary = pair.source.state(pair.source_volume)
         if order.fail_back and self._is_failing_back(pair, mine, primary):
-            return self._failed_back(self._fail_back(pair, listen, cancel), pair, order)
+            return _switched(order, pair, self._fail_back(pair, listen, cancel))
         plan = _allowed_rejoin(plan_rejoin(mine, pair.source.node, primary))
         try:
             self._snapshot(pair.source, pair.source_volume, self._job_of(mine))
         except NotAuthorized as error:
             listen(Note(f"no new snapshot is taken on {pair.source.node}: {error}"))
         options = Options(SendPolicy(Intermediates.NEWEST))
-        done = takeover.rejoin(pair, plan, options, aside_name(self._clock()), observer=_telling(listen), cancel=cancel)
+        done = takeover.rejoin(pair, plan, options, aside_name(self._clock()), observer=listen, cancel=cancel)
         report = RoleReport(
             order.verb,
             str(plan.volume),
@@ -384,7 +381,7 @@ class RoleChanger:
         if not order.fail_back:
             return report
         listen(Note(f"{plan.volume} has rejoined and is in sync: it is switched back"))
-        back = self._failed_back(self._fail_back(pair, listen, cancel), pair, order)
+        back = _switched(order, pair, self._fail_back(pair, listen, cancel))
         return replace(back, aside=report.aside, done=report.done, sent=report.sent)
 
     def _is_failing_back(self, pair: Pair, mine: VolumeState, primary: VolumeState | None) -> bool:
@@ -397,36 +394,24 @@ class RoleChanger:
     def _fail_back(self, pair: Pair, listen: Listener, cancel: Cancellation) -> Switched:
         """Switch over from the primary to this node's copy, which follows it."""
         job = HoldTag.parse(pair.tag)
-
-        def bring() -> Version:
-            at = self._snapshot(pair.source, pair.source_volume, job.job if job is not None else OWN_JOB)
-            listen(Note(f"bringing {at.name} back to {pair.target.node}"))
-            options = Options(SendPolicy(Intermediates.NEWEST))
-            replication = Replication(pair, options, observer=_telling(listen), cancel=cancel)
-            replication.run()
-            return replication.outcome.newest or at
-
+        options = Options(SendPolicy(Intermediates.NEWEST))
+        bring = self._bringing(pair, job.job if job is not None else OWN_JOB, options, listen, cancel)
         takeover.check_not_overtaken(pair, self._everybody())
         return takeover.Switchover(pair, bring, draw=self._draw, cancel=cancel).run()
 
-    def _failed_back(self, done: Switched, pair: Pair, order: RoleOrder) -> RoleReport:
-        return RoleReport(
-            order.verb,
-            str(pair.target_volume),
-            pair.target.node,
-            str(done.lineage.role),
-            done.lineage.epoch,
-            done.at.name if done.at is not None else "",
-            age=0.0,
-            without_primary=done.seconds,
-        )
 
-
-def _telling(listen: Listener) -> Callable[[Progress], None]:
-    def observe(progress: Progress) -> None:
-        listen(progress)
-
-    return observe
+def _switched(order: RoleOrder, pair: Pair, done: Switched) -> RoleReport:
+    """Of the new primary, which had all that the old one had."""
+    return RoleReport(
+        order.verb,
+        str(pair.target_volume),
+        pair.target.node,
+        str(done.lineage.role),
+        done.lineage.epoch,
+        done.at.name if done.at is not None else "",
+        age=0.0,
+        without_primary=done.seconds,
+    )
 
 
 def _allowed(found: Promotion | Refusal) -> Promotion:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from replicator import logs
 from replicator.cancellation import Cancellation
-from replicator.endpoint import Endpoint, RoleChange
+from replicator.endpoint import Copy, Endpoint, RoleChange
 from replicator.errors import (
     ConflictError,
     NoSuchSnapshot,
@@ -125,15 +125,12 @@ def check_not_overtaken(pair: Pair, others: Mapping[str, Endpoint]) -> None:
         return
     known = max(state.lineage.epoch for state in (source, target) if state is not None and state.lineage is not None)
     for node in sorted(others.keys() - {pair.source.node, pair.target.node}):
+        copies: tuple[Copy, ...] = ()
         with suppress(ReplicatorError):
-            newer = [copy for copy in others[node].copies(source.lineage.uuid).found if copy.lineage.epoch > known]
-            if newer:
-                newest = max(newer, key=lambda copy: copy.lineage.epoch)
-                found = Superseded(source.id, source.lineage.epoch, node, newest)
-                break
-    else:
-        return
-    raise found.to_error()
+            copies = others[node].copies(source.lineage.uuid).found
+        newest = max(copies, key=lambda copy: copy.lineage.epoch, default=None)
+        if newest is not None and newest.lineage.epoch > known:
+            raise Superseded(source.id, source.lineage.epoch, node, newest).to_error()
 
 
 @dataclass(frozen=True, slots=True)

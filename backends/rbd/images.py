@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from backends.rbd.cluster import Session, exists_already, is_absent
-from backends.rbd.failures import number
+from backends.rbd.failures import DENIED, number
 from backends.rbd.layout import DEFAULT, Layout
 from backends.rbd.naming import Place
 
 _IMPOSSIBLE = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EDOM})
-_FORBIDDEN = frozenset({errno.EPERM, errno.EACCES, errno.ENOENT})
+_FORBIDDEN = DENIED | {errno.ENOENT}
 """What another pool may answer, and this one then does not."""
 
 

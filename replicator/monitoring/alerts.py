@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
+from replicator.checks import LOW_SPACE, MAX_CLOCK_DIFFERENCE
 from replicator.health import EXPIRY_WARNING, FAILURES, STALLED
 from replicator.monitoring.site import Site
 
 SCRAPE_JOB = "replicator"
 """The ``job_name`` under which Prometheus scrapes nodes."""
-LOW_SPACE = 0.1
-CLOCKS_APART = 2
-"""Seconds: as `replicator check` warns."""
 
 _VM = {"job": "vms", "volume": "images:vm-100", "target": "prox2:backup"}
 _ROW = "{{ $labels.volume }} on {{ $labels.target }}"
@@ -245,7 +243,9 @@ ALERTS = (
         "Lag is the age of a snapshot by the source's clock, so it is wrong by as much.",
         "`timedatectl` and `chronyc tracking` on both nodes.",
         "Let both nodes keep time with chrony or systemd-timesyncd.",
-        lambda site: f"abs({metric(site, 'peer_clock_difference_seconds')}) > {CLOCKS_APART}" if site.peers else "",
+        lambda site: (
+            f"abs({metric(site, 'peer_clock_difference_seconds')}) > {MAX_CLOCK_DIFFERENCE:g}" if site.peers else ""
+        ),
         _plain("peer_clock_difference_seconds", -3, -1, shown="3s", peer="prox2"),
     ),
     Alert(
